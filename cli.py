@@ -1,0 +1,6 @@
+"""Run the lorabridge command line from a checkout."""
+
+from lorabridge.commands import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The hub: what an adapter is, whatever file it came from.
+
+Module paths are dotted paths of the network (``bert.encoder.layer.0.attention.self.query``), without any wrapper's
+prefix. Factors are oriented as torch does: ``A[rank, in]``, ``B[out, rank]``, delta ``scaling * B @ A`` of shape
+``[out, in]`` whatever the storage order of the base weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal, Protocol
+
+from ..axes import Expr
+from ..tensors import TensorSpec
+
+ModuleKind = Literal["linear", "embedding", "conv1d", "conv2d", "conv3d"]
+Value = str | int | float | bool | None | list["Value"] | dict[str, "Value"]
+Json = Mapping[str, Value]
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """The factor in front of ``B @ A``: ``alpha / rank``, or ``alpha / sqrt(rank)`` for rank-stabilised LoRA.
+
+    Sources: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA).
+    """
+
+    alpha: float
+    rank: int
+    rslora: bool = False
+
+    @property
+    def value(self) -> float:
+        """The factor as the libraries compute it, in double precision; 0.0 for rank 0."""
+        if self.rank == 0:
+            return 0.0
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One product ``b @ a`` that is added to the output rows [start, stop) of a module's weight.
+
+    Shapes: ``a`` is ``[rank, in]`` (embedding: ``[rank, vocabulary]``; conv in peft's factorization:
+    ``[rank, in, *kernel]``), ``b`` is ``[stop - start, rank]`` (conv: ``[out, rank / groups, 1, ...]``).
+    A plain LoRA module is one term over all rows; loralib's MergedLinear and fused projections have several, on
+    disjoint rows.
+    """
+
+    a: Expr
+    b: Expr
+    start: int
+    stop: int
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension."""
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """One adapted module.
+
+    ``out``: length of the weight's output axis. ``weight``: the adapted parameter (``in_proj_weight`` for the fused
+    input projection of nn.MultiheadAttention). ``fan_in_fan_out``: the base weight is stored ``[in, out]``; None when
+    the file does not say. ``conv_form``: which factorization conv factors follow: "peft" (``a[r, in, *k]``,
+    ``b[out, r, 1, ...]``) or "loralib" (``a[r*k, in*k]``, ``b[out/groups*k, r*k]``). ``magnitude``: DoRA, ``[out]``
+    (conv: ``[1, out, 1, ...]``). ``lora_bias``: bias of the B projection, ``[out]``, scaled like the delta.
+    """
+
+    path: str
+    kind: ModuleKind
+    out: int
+    terms: tuple[Term, ...]
+    scaling: Scaling
+    weight: str = "weight"
+    fan_in_fan_out: bool | None = None
+    magnitude: Expr | None = None
+    lora_bias: Expr | None = None
+    conv_form: Literal["peft", "loralib"] = "peft"
+    kernel_size: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def plain(self) -> bool:
+        """One term over all rows: expressible by a single pair of factors."""
+        return len(self.terms) == 1 and (self.terms[0].start, self.terms[0].stop) == (0, self.out)
+
+
+ExtraKind = Literal["modules_to_save", "bias", "trainable_tokens", "base", "buffer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """A tensor beside the factors, named ``path.parameter``; it replaces the base's parameter.
+
+    "trainable_tokens" replaces the rows that the config's ``trainable_token_indices`` lists; "base" is a frozen
+    weight that rides along in a full checkpoint.
+    """
+
+    path: str
+    parameter: str
+    value: Expr
+    kind: ExtraKind
+
+    @property
+    def name(self) -> str:
+        """Full parameter name."""
+        return f"{self.path}.{self.parameter}" if self.path else self.parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A whole adapter, or a full model when ``modules`` is empty and every extra is "base".
+
+    ``config``: peft's fields (``task_type``, ``base_model_name_or_path``, ``init_lora_weights`` ...), those that
+    are resolved into ``modules`` included, so that a peft target can carry them. ``left_out``: (tensor name, reason)
+    for what is recognised and not carried, such as optimizer state. ``warnings``: sentences for the report.
+    """
+
+    modules: tuple[LoraModule, ...]
+    extras: tuple[Extra, ...] = ()
+    config: Json = field(default_factory=dict)
+    left_out: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One statement about the modules whose path matches a glob: ``alpha``, ``rank`` ... = value."""
+
+    pattern: str
+    field: str
+    value: Value
+
+
+FACT_FIELDS = (
+    "alpha", "rank", "use_rslora", "fan_in_fan_out", "enable_lora", "kernel_size", "groups", "conv_form", "kind",
+    "merged", "out_features",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a file does not say about its adapter, from flags, then a sidecar; the first match wins."""
+
+    entries: tuple[Fact, ...] = ()
+
+    def get(self, path: str, name: str) -> Value:
+        """Return the value stated for a module, or None where nothing is."""
+        for entry in self.entries:
+            if entry.field == name and fnmatchcase(path, entry.pattern):
+                return entry.value
+        return None
+
+    def then(self, other: Facts) -> Facts:
+        """Add statements that count only where these say nothing."""
+        return Facts(self.entries + other.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a dialect reads: headers, never data."""
+
+    specs: Mapping[str, TensorSpec]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: Json | None = None
+    facts: Facts = Facts()
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a dialect wants written: tensors in order, a config file's content if the dialect has one, and the facts
+    about the written file that the file itself cannot say (keyed by the paths in that file)."""
+
+    tensors: Sequence[tuple[str, Expr]]
+    config: Json | None = None
+    facts: Facts = Facts()
+    notes: tuple[str, ...] = ()
+
+
+class Dialect(Protocol):
+    """Spell an adapter in one project's names and config."""
+
+    name: str
+    framework: Literal["torch", "mindspore"]
+
+    def detect(self, content: Content) -> str | None:
+        """Return what gives this dialect away, one clause, or None. At most one dialect claims a file by itself."""
+        ...
+
+    def parse(self, content: Content) -> Adapter:
+        """Resolve names, shapes, config and facts into an adapter; every tensor ends in modules, extras or left_out."""
+        ...
+
+    def write(self, adapter: Adapter, facts: Facts) -> Written:
+        """Spell an adapter; a MappingError names what this dialect cannot express and the cure.
+
+        ``facts`` are the user's choices for the target (``rank``, ``alpha``, ``conv_form``, ``enable_lora``).
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Tables of model families, shipped as data."""
