@@ -19,7 +19,7 @@ from ..fsio import Staging, require_space
 from ..layouts import ADAPTER_CONFIG, MODEL_CONFIG, Framework, Input, Output, framework_of, open_input, plan_output
 from ..selection import Selection
 from . import compress
-from .report import ConvertReport, ModuleRow, RoundingRow
+from .convert_report import ConvertReport, ModuleRow, RoundingRow
 
 Progress = Callable[[int, int], None]
 DIGEST_LIMIT = 1 << 30
