@@ -19,10 +19,44 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoTokenizer, BertForTokenClassification
 
 LABELS = ["other", "person", "place", "number"]
-PEOPLE = "anna peter maria john elena david sofia thomas laura michael emma daniel julia robert nina paul".split()
-PLACES = "paris london berlin madrid rome vienna tokyo oslo prague lisbon dublin athens cairo lima delhi seoul".split()
-HELD_OUT_PEOPLE = "sarah james helen george alice william".split()
-HELD_OUT_PLACES = "boston sydney warsaw munich toronto kyoto".split()
+PEOPLE = [
+    "anna",
+    "peter",
+    "maria",
+    "john",
+    "elena",
+    "david",
+    "sofia",
+    "thomas",
+    "laura",
+    "michael",
+    "emma",
+    "daniel",
+    "julia",
+    "robert",
+    "nina",
+    "paul",
+]
+PLACES = [
+    "paris",
+    "london",
+    "berlin",
+    "madrid",
+    "rome",
+    "vienna",
+    "tokyo",
+    "oslo",
+    "prague",
+    "lisbon",
+    "dublin",
+    "athens",
+    "cairo",
+    "lima",
+    "delhi",
+    "seoul",
+]
+HELD_OUT_PEOPLE = ["sarah", "james", "helen", "george", "alice", "william"]
+HELD_OUT_PLACES = ["boston", "sydney", "warsaw", "munich", "toronto", "kyoto"]
 TEMPLATES = [
     "{person} lives in {place} with {number} cats",
     "in {place} we met {person} and {person}",

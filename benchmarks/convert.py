@@ -1,0 +1,171 @@
+"""Measure `lorabridge convert` against a plain copy with fsync and against what people use today.
+
+    python benchmarks/convert.py [--dir DIR] [--times 3] [--gb 2]
+
+Every job is a whole process, start-up included, in turns with the others. The peers are MindSpore's own
+`safetensors_to_ckpt`, and torch.load followed by mindspore.save_checkpoint. Needs the `verify` extra and 4 times
+--gb of free disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from measure import COPY, Run, interleaved
+from safetensors.numpy import save_file
+
+TABLE = """
+schema = 1
+family = "bench"
+match = { model_type = ["bench"] }
+
+[[param]]
+hf = "model.layers.{i}.{m:self_attn.q_proj|self_attn.k_proj|self_attn.v_proj|self_attn.o_proj}.weight"
+ms = "model.layers.{i}.{m:attention.wq|attention.wk|attention.wv|attention.wo}.weight"
+axes = "out in"
+
+[[param]]
+hf = "model.layers.{i}.mlp.{m:gate_proj|up_proj|down_proj}.weight"
+ms = "model.layers.{i}.feed_forward.{m:w1|w3|w2}.weight"
+axes = "out in"
+"""
+
+GUARD = "import mindspore as ms; ms.train.serialization._get_available_memory = lambda: None\n"
+SAFETENSORS_TO_CKPT = GUARD + "import sys; ms.safetensors_to_ckpt(sys.argv[1], sys.argv[2])"
+TORCH_AND_SAVE = (
+    GUARD
+    + """
+import sys, torch, numpy as np
+src, dst = sys.argv[1:]
+state = torch.load(src, weights_only=True)
+def tensor(t):
+    return ms.Tensor(t.float().numpy(), ms.bfloat16) if t.dtype == torch.bfloat16 else ms.Tensor(t.numpy())
+ms.save_checkpoint([{"name": k, "data": tensor(v)} for k, v in state.items()], dst)
+"""
+)
+
+
+def layers(count: int) -> dict[str, tuple[int, int]]:
+    """Return names and shapes of a Llama-like stack (hidden 2048, intermediate 5632)."""
+    shapes = {}
+    for i in range(count):
+        p = f"model.layers.{i}."
+        for name in "qkvo":
+            shapes[f"{p}self_attn.{name}_proj.weight"] = (2048, 2048)
+        for name, shape in {"gate": (5632, 2048), "up": (5632, 2048), "down": (2048, 5632)}.items():
+            shapes[f"{p}mlp.{name}_proj.weight"] = shape
+    return shapes
+
+
+def gpt2_shapes(count: int, hidden: int = 2048) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of a GPT-2 body, whose fused Conv1D weights are split and transposed."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (50257, hidden),
+        "transformer.wpe.weight": (1024, hidden),
+        "transformer.ln_f.weight": (hidden,),
+        "transformer.ln_f.bias": (hidden,),
+    }
+    for i in range(count):
+        p = f"transformer.h.{i}."
+        for norm in ("ln_1", "ln_2"):
+            shapes |= {f"{p}{norm}.weight": (hidden,), f"{p}{norm}.bias": (hidden,)}
+        for name, (a, b) in {
+            "attn.c_attn": (hidden, 3 * hidden), "attn.c_proj": (hidden, hidden),
+            "mlp.c_fc": (hidden, 4 * hidden), "mlp.c_proj": (4 * hidden, hidden),
+        }.items():  # fmt: skip
+            shapes |= {f"{p}{name}.weight": (a, b), f"{p}{name}.bias": (b,)}
+    return shapes
+
+
+def write(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "float32") -> None:
+    """Write random tensors as safetensors and, beside, as a torch file."""
+    import torch
+    from safetensors.torch import load_file
+
+    rng = np.random.default_rng(0)
+    save_file(
+        {name: rng.standard_normal(shape, dtype=np.float32).astype(dtype) for name, shape in shapes.items()}, path
+    )
+    torch.save(load_file(path), path.with_suffix(".bin"))
+
+
+def adapter(folder: Path, mb: int) -> None:
+    """Write a peft adapter of rank 16 on query and value projections, as large as asked."""
+    folder.mkdir()
+    shapes = {}
+    i = 0
+    while sum(int(np.prod(s)) * 4 for s in shapes.values()) < mb * 10**6:
+        for name in "qv":
+            p = f"base_model.model.model.layers.{i}.self_attn.{name}_proj."
+            shapes |= {f"{p}lora_A.weight": (16, 2048), f"{p}lora_B.weight": (2048, 16)}
+        i += 1
+    write(folder / "adapter_model.safetensors", shapes)
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.bin").rename(folder.with_suffix(".bin"))
+
+
+def table(title: str, runs: dict[str, Run], nbytes: int) -> str:
+    """Print one comparison as Markdown: times, ratios to the copy and to us, and peak memory."""
+    ours, copy = runs["lorabridge"], runs["copy + fsync"]
+    lines = [
+        f"\n### {title} ({nbytes / 1e6:.0f} MB)\n",
+        "| command | wall s | CPU s | peak MB | copy's time / its time | times lorabridge's |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {run.wall:.2f} | {run.cpu:.2f} | {run.peak_mb:.0f} | {copy.wall / run.wall:.2f} | {run.wall / ours.wall:.1f} |"
+        for name, run in runs.items()
+    ]
+    return "\n".join(lines)
+
+
+def compare(title: str, source: Path, torch_file: Path, out: Path, options: list[str], times: int) -> None:
+    """Run one case against its peers and print the result."""
+    python = sys.executable
+    weights = source / "adapter_model.safetensors" if source.is_dir() else source
+    jobs = {
+        "copy + fsync": lambda: [python, "-S", "-c", COPY, str(weights), str(out)],
+        "lorabridge": lambda: [python, "-m", "lorabridge", "convert", str(source), str(out), "--overwrite", *options],
+        "mindspore.safetensors_to_ckpt": lambda: [
+            python, "-c", SAFETENSORS_TO_CKPT, str(weights), str(out.with_suffix(""))
+        ],
+        "torch.load + mindspore.save_checkpoint": lambda: [python, "-c", TORCH_AND_SAVE, str(torch_file), str(out)],
+    }  # fmt: skip
+    print(table(title, interleaved(jobs, out, times), weights.stat().st_size), flush=True)
+
+
+def main() -> None:
+    """Make the data, run the cases, print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dir", type=Path, default=None, help="where to work (default: a temporary directory)")
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--gb", type=float, default=2.0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.dir) as name:
+        work = Path(name)
+        out = work / "out.ckpt"
+        (work / "tables").mkdir()
+        (work / "tables" / "bench.toml").write_text(TABLE)
+        count = round(args.gb * 1e9 / (4 * sum(a * b for a, b in layers(1).values())))
+        write(work / "model.safetensors", layers(count))
+        compare("model, rename only", work / "model.safetensors", work / "model.bin", out,
+                ["--family", "bench", "--mappings", str(work / "tables")], args.times)  # fmt: skip
+        blocks = round((args.gb * 1e9 / 4 - 51281 * 2048) / (12 * 2048 * 2048))
+        write(work / "model.safetensors", gpt2_shapes(blocks))
+        compare("GPT-2 model, split and transposed", work / "model.safetensors", work / "model.bin", out,
+                ["--family", "gpt2"], args.times)  # fmt: skip
+        adapter(work / "adapter", 20)
+        compare("adapter", work / "adapter", work / "adapter.bin", out, [], args.times)
+        write(work / "tiny.safetensors", {f"block.{i}.weight": (8, 8) for i in range(10_000)})
+        compare("10,000 tiny tensors", work / "tiny.safetensors", work / "tiny.bin", out,
+                ["--family", "identity"], args.times)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

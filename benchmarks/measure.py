@@ -1,0 +1,74 @@
+"""Run commands as whole processes and measure wall time, CPU time and peak memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+COPY = """
+import os, sys
+def copy(src, dst):
+    with open(src, "rb") as a, open(dst, "wb") as b:
+        while os.copy_file_range(a.fileno(), b.fileno(), 1 << 30):
+            pass
+        os.fsync(b.fileno())
+src, dst = sys.argv[1:]
+if os.path.isdir(src):
+    os.mkdir(dst)
+    for name in sorted(os.listdir(src)):
+        copy(os.path.join(src, name), os.path.join(dst, name))
+else:
+    copy(src, dst)
+"""
+"""A plain copy with fsync: what the disk allows."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Best of several runs: seconds of wall and CPU time, and the largest resident set in MB (10^6 bytes)."""
+
+    wall: float
+    cpu: float
+    peak_mb: float
+
+
+def once(command: Sequence[str]) -> Run:
+    """Run a command to its end; a failure stops the benchmark with its output."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)[:300]}\n{output.decode()[-3000:]}")
+    return Run(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6)
+
+
+def remove(path: Path) -> None:
+    """Remove what an earlier run wrote."""
+    for old in [path, *path.parent.glob(f"{path.name}.lorabridge.json")]:
+        if old.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
+
+
+def interleaved(jobs: dict[str, Callable[[], Sequence[str]]], out: Path, times: int) -> dict[str, Run]:
+    """Run every job ``times`` times, in turns so that all meet the same machine, and keep the best wall time of each."""
+    best: dict[str, Run] = {}
+    for _ in range(times):
+        for name, command in jobs.items():
+            remove(out)
+            os.sync()
+            run = once(command())
+            if name not in best or run.wall < best[name].wall:
+                best[name] = run
+    remove(out)
+    return best
