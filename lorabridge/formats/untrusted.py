@@ -1,0 +1,122 @@
+"""Rules for files from strangers: limits, strict JSON, opening without blocking, names fit to print."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+from pathlib import Path
+
+from ..errors import InputError, StorageError
+
+MAX_HEADER = 100_000_000
+"""Bytes of a safetensors header (safetensors 0.8, tensor.rs MAX_HEADER_SIZE) and of an index file."""
+MAX_TENSORS = 2_000_000
+MAX_NAME = 4096
+"""UTF-8 bytes of a tensor name."""
+MAX_RANK = 32
+MAX_METADATA = 16 * 2**20
+"""UTF-8 bytes of all metadata keys and values; a conversion manifest may travel there."""
+
+SHOWN_NAME = 200
+
+
+def shown(name: str) -> str:
+    """Return a name fit for a message: escaped where it could steer a terminal, shortened where it is long."""
+    text = name if len(name) <= SHOWN_NAME else f"{name[:SHOWN_NAME]}... ({len(name)} characters)"
+    return text if text.isprintable() and text and text == text.strip() else ascii(text)
+
+
+def file_kind(mode: int) -> str:
+    """Return the kind of a file that is not regular, from ``st_mode``."""
+    kinds = (
+        (stat.S_ISDIR, "directory"),
+        (stat.S_ISFIFO, "fifo"),
+        (stat.S_ISSOCK, "socket"),
+        (stat.S_ISCHR, "device"),
+        (stat.S_ISBLK, "device"),
+    )
+    return next((name for test, name in kinds if test(mode)), "special file")
+
+
+def refused_by_system(error: OSError, path: Path) -> InputError | StorageError:
+    """Return the error for a file that could not be opened."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return InputError("no such file or directory", where=shown(str(path)), hint="check the path")
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return StorageError(f"the file cannot be read: {reason.lower()}", where=shown(str(path)))
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Open a regular file for reading, following symbolic links, without ever blocking on a pipe or a device.
+
+    Raises InputError when the path is missing or no regular file, StorageError when the system refuses.
+    """
+    try:
+        mode = os.stat(path).st_mode  # before opening: a device may act on being opened
+        if stat.S_ISREG(mode):
+            file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb")
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISREG(mode):
+                return file
+            file.close()
+    except OSError as error:
+        raise refused_by_system(error, path) from error
+    except ValueError as error:
+        raise InputError("the path holds a NUL character", where=shown(str(path)), hint="check the path") from error
+    raise InputError(
+        f"a checkpoint file is needed, this is a {file_kind(mode)}",
+        where=shown(str(path)),
+        hint="name a regular file",
+    )
+
+
+def pread_into(file: io.FileIO, view: memoryview, offset: int) -> int:
+    """Fill a byte buffer from a file offset and return how many bytes were there."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(file.fileno(), [view[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def parse_json(data: bytes) -> object:
+    """Parse JSON strictly: UTF-8, no duplicate keys, no NaN or infinities, bounded nesting and object count.
+
+    Raises ValueError, whose text is one clause, for everything that is wrong.
+    """
+    count = 0
+
+    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
+        nonlocal count
+        count += 1
+        if count > MAX_TENSORS + 2:
+            raise ValueError(f"it holds more than {MAX_TENSORS} objects")
+        made = dict(items)
+        if len(made) != len(items):
+            raise ValueError(f"the key {shown(_repeated(items))} occurs twice")
+        return made
+
+    def constant(text: str) -> object:
+        raise ValueError(f"it holds the constant {text}")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error.msg.lower()} at character {error.pos}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _repeated(items: list[tuple[str, object]]) -> str:
+    seen: set[str] = set()
+    for key, _ in items:
+        if key in seen:
+            return key
+        seen.add(key)
+    return ""
