@@ -119,7 +119,8 @@ def table(title: str, runs: dict[str, Run], nbytes: int) -> str:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {name} | {run.wall:.2f} | {run.cpu:.2f} | {run.peak_mb:.0f} | {copy.wall / run.wall:.2f} | {run.wall / ours.wall:.1f} |"
+        f"| {name} | {run.wall:.2f} | {run.cpu:.2f} | {run.peak_mb:.0f} "
+        f"| {copy.wall / run.wall:.2f} | {run.wall / ours.wall:.1f} |"
         for name, run in runs.items()
     ]
     return "\n".join(lines)

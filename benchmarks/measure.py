@@ -61,7 +61,7 @@ def remove(path: Path) -> None:
 
 
 def interleaved(jobs: dict[str, Callable[[], Sequence[str]]], out: Path, times: int) -> dict[str, Run]:
-    """Run every job ``times`` times, in turns so that all meet the same machine, and keep the best wall time of each."""
+    """Run every job ``times`` times, in turns so that all meet the same machine; keep the best wall time of each."""
     best: dict[str, Run] = {}
     for _ in range(times):
         for name, command in jobs.items():

