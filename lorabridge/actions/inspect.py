@@ -1,0 +1,193 @@
+"""Look at a checkpoint: what it is, what its adapter is made of, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from .. import dialects, formats
+from ..axes import Expr, ShapeError, reads
+from ..dialects.adapter import Adapter, Content, Dialect, Extra, Fact, Facts, LoraModule
+from ..errors import InputError, LorabridgeError
+from ..forward import dialect_named
+from ..layouts import Input, open_input, weights_path
+from ..tensors import TensorSpec
+from .inspect_pairs import loose_pairs
+from .inspect_report import InspectedModule, InspectReport, Pair, Problem, TensorRow
+from .inspect_values import Progress, Selected, with_values
+
+UNSTATED = Facts()
+UNKNOWN_ALPHA = 0.577215664901532860
+"""Stands in for an alpha that nothing states, so that everything else can still be shown."""
+
+
+def inspect(
+    path: Path | str,
+    *,
+    config: Path | None = None,
+    norms: bool = False,
+    module: str | None = None,
+    facts: Facts = UNSTATED,
+    dialect: str | None = None,
+    mappings: Path | None = None,
+    progress: Progress | None = None,
+) -> InspectReport:
+    """Describe a checkpoint from its headers, without failing on what is wrong with it.
+
+    What a conversion would refuse becomes a problem in the report. ``norms`` reads the factors and adds norms;
+    ``module`` (a path or a glob) adds the values of the factors of these modules. ``facts`` and ``dialect`` say what
+    the file does not. Raises InputError only where the file itself cannot be read, UsageError where ``module`` or
+    ``dialect`` names nothing.
+    """
+    problems: list[Problem] = []
+    given = _open(Path(path), config, problems)
+    try:
+        return _inspect(given, problems, facts=facts, dialect=dialect, norms=norms, module=module, mappings=mappings,
+                        progress=progress)  # fmt: skip
+    finally:
+        given.source.close()
+
+
+def family_candidates(given: Input, origin: Dialect, *, mappings: Path | None = None) -> list[str]:
+    """Return the family tables that fit a checkpoint's names, those named by its config first."""
+    raise NotImplementedError
+
+
+def _open(path: Path, config: Path | None, problems: list[Problem]) -> Input:
+    """Open an input; a broken config or manifest beside readable weights becomes a problem."""
+    try:
+        return open_input(path, config=config)
+    except InputError as error:
+        source = formats.open_source(weights_path(path))
+        problems.append(Problem.of(error))
+        return Input(path, source, None, None, "", None, UNSTATED, ())
+
+
+def _inspect(
+    given: Input,
+    problems: list[Problem],
+    *,
+    facts: Facts,
+    dialect: str | None,
+    norms: bool,
+    module: str | None,
+    mappings: Path | None,
+    progress: Progress | None,
+) -> InspectReport:
+    facts = facts.then(given.stated)
+    kept = given.manifest
+    if kept is not None and not kept.describes(given.source.specs):
+        problems.append(Problem("the manifest describes other tensors", hint="a conversion will ignore it"))
+        kept = None
+    content = given.content(facts.then(kept.facts) if kept is not None else facts)
+    found = tuple(dialects.detect(content))
+    name, why = (dialect, "as you say") if dialect else (kept.target.dialect, "the manifest says so") if kept else (
+        found[0] if found else (None, "")
+    )  # fmt: skip
+    if not dialect and kept is None and len(found) > 1:
+        problems.append(Problem("the file fits several dialects", tuple(f"{n}: {w}" for n, w in found),
+                                "choose one with --from"))  # fmt: skip
+    origin = dialect_named(name) if name else _whole_model(given)
+    adapter = _parse(origin, content, problems)
+    modules = tuple(_row(m) for m in adapter.modules) if adapter else loose_pairs(content.specs)
+    read = _factors(adapter, modules, content.specs)
+    modules, factors, found_wrong = with_values(
+        given.source, modules, read, norms=norms, module=module, progress=progress
+    )
+    problems += found_wrong
+    contents = "adapter" if modules else "model" if adapter else "unknown"
+    return InspectReport(
+        path=str(given.path),
+        format=given.source.format,
+        contents=contents,
+        dialect=name or (origin.name if contents == "model" else None),
+        why=why or ("no adapter's names" if contents == "model" else ""),
+        candidates=found,
+        families=tuple(family_candidates(given, origin, mappings=mappings)),
+        config_from=given.config_from,
+        origin=f"{kept.source.file} ({kept.source.dialect}, {kept.source.format})" if kept else "",
+        nbytes=sum(spec.nbytes for spec in content.specs.values()),
+        dtypes=_dtypes(content.specs),
+        tensors=tuple(_tensor(spec) for spec in content.specs.values()),
+        modules=modules,
+        extras=tuple(_extra(extra) for extra in adapter.extras) if adapter and contents == "adapter" else (),
+        left_out=adapter.left_out if adapter else (),
+        metadata=tuple((k, v) for k, v in given.source.metadata.items() if k != "lorabridge"),
+        not_carried=tuple(p.name for p in given.companions),
+        warnings=adapter.warnings if adapter else (),
+        problems=tuple(problems),
+        factors=factors,
+    )
+
+
+def _whole_model(given: Input) -> Dialect:
+    """Return the dialect of a file without adapter names: a model of the framework that wrote it."""
+    mindspore = given.source.format == "mindspore" or given.source.metadata.get("format") == "ms"
+    return dialect_named("ms" if mindspore else "hf")
+
+
+def _parse(origin: Dialect, content: Content, problems: list[Problem]) -> Adapter | None:
+    """Parse as a conversion would; where that fails, say why and parse what does not depend on alpha."""
+    try:
+        return origin.parse(content)
+    except (LorabridgeError, ShapeError) as error:
+        problems.append(Problem.of(error) if isinstance(error, LorabridgeError) else Problem(str(error)))
+    stand_in = Facts((Fact("*", "alpha", UNKNOWN_ALPHA),))
+    try:
+        return origin.parse(replace(content, facts=content.facts.then(stand_in)))
+    except (LorabridgeError, ShapeError):
+        return None
+
+
+def _row(module: LoraModule) -> InspectedModule:
+    scaling = module.scaling
+    known = scaling.alpha != UNKNOWN_ALPHA
+    features = {
+        "rslora": scaling.rslora,
+        "dora": module.magnitude is not None,
+        "lora_bias": module.lora_bias is not None,
+        "fan_in_fan_out": bool(module.fan_in_fan_out),
+        f"groups {module.groups}": module.groups != 1,
+        f"{module.conv_form} factors": module.kind.startswith("conv"),
+        module.weight: module.weight != "weight",
+    }
+    pairs = tuple(Pair(_expr(term.a), _expr(term.b), term.start, term.stop) for term in module.terms)
+    return InspectedModule(
+        module.path,
+        module.kind,
+        scaling.rank,
+        scaling.alpha if known else None,
+        scaling.value if known else None,
+        pairs,
+        tuple(name for name, on in features.items() if on),
+    )
+
+
+def _factors(
+    adapter: Adapter | None, modules: tuple[InspectedModule, ...], specs: Mapping[str, TensorSpec]
+) -> list[Selected]:
+    """Return what to read for each module: its factors as expressions over the file."""
+    if adapter is None:
+        return [Selected.of_tensors(module, specs) for module in modules]
+    return [Selected(tuple((t.a, t.b) for t in m.terms), m.groups, m.conv_form) for m in adapter.modules]
+
+
+def _expr(expr: Expr) -> TensorRow:
+    return TensorRow(" ".join(reads(expr)), expr.dtype.name, expr.shape)
+
+
+def _extra(extra: Extra) -> TensorRow:
+    return TensorRow(extra.name, extra.value.dtype.name, extra.value.shape, extra.kind)
+
+
+def _tensor(spec: TensorSpec) -> TensorRow:
+    return TensorRow(spec.name, spec.dtype.name, spec.shape)
+
+
+def _dtypes(specs: Mapping[str, TensorSpec]) -> tuple[tuple[str, int, int], ...]:
+    found: dict[str, tuple[int, int]] = {}
+    for spec in specs.values():
+        tensors, nbytes = found.get(spec.dtype.name, (0, 0))
+        found[spec.dtype.name] = (tensors + 1, nbytes + spec.nbytes)
+    return tuple((name, tensors, nbytes) for name, (tensors, nbytes) in found.items())

@@ -1,0 +1,64 @@
+"""Options that several commands share; the same word means the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from ._values import FACTS
+
+F = TypeVar("F", bound=Callable[..., object])
+
+OUTPUT = ("json", "quiet", "verbose", "no_progress")
+FACT_HELP = {
+    "alpha": ("[PATTERN=]NUMBER", "The adapter's alpha (scaling is alpha / rank)."),
+    "rank": ("[PATTERN=]R", "The adapter's rank."),
+    "use_rslora": ("[PATTERN=]yes|no", "Whether scaling is alpha / sqrt(rank)."),
+    "fan_in_fan_out": ("[PATTERN=][yes|no]", "Whether base weights are stored [in, out]; alone it means yes."),
+    "enable_lora": ("[PATTERN=]T,F,T", "Which parts of a loralib MergedLinear are adapted."),
+    "kernel_size": ("[PATTERN=]K[,K]", "Kernel size of convolutions."),
+    "groups": ("[PATTERN=]G", "Groups of convolutions."),
+    "out_features": ("[PATTERN=]N", "Length of the output axis."),
+    "conv_form": ("[PATTERN=]peft|loralib", "Factorization that conv factors follow."),
+    "kind": ("[PATTERN=]KIND", "linear, embedding, conv1d, conv2d or conv3d."),
+    "merged": ("[PATTERN=]yes|no", "Whether the base weights already hold the delta."),
+}
+
+
+def output_options(command: F) -> F:
+    """Add --json, -q and -v."""
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Say more: every module, every tensor left out."),
+        click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only."),
+        click.option("--json", "json", is_flag=True, help="Print one JSON document on stdout."),
+    ):
+        command = option(command)
+    return command
+
+
+def progress_option(command: F) -> F:
+    """Add --no-progress."""
+    return click.option("--no-progress", is_flag=True, help="Show no progress, not even on a terminal.")(command)
+
+
+def fact_options(command: F) -> F:
+    """Add an option for each statement about modules; with a pattern it counts for the matching paths only."""
+    for field in reversed(FACTS):
+        metavar, text = FACT_HELP[field]
+        name = "--" + field.replace("_", "-")
+        command = click.option(name, field, multiple=True, metavar=metavar, help=text)(command)
+    return command
+
+
+def mappings_option(command: F) -> F:
+    """Add --mappings."""
+    return click.option(
+        "--mappings",
+        envvar="LORABRIDGE_MAPPINGS",
+        metavar="DIR",
+        type=click.Path(path_type=Path),
+        help="Directory with family tables of your own.",
+    )(command)

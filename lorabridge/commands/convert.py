@@ -1,0 +1,190 @@
+"""The command ``lorabridge convert``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, Unpack
+
+import click
+
+from .. import report as text
+from ._group import Command, Manual, documented
+from ._options import fact_options, mappings_option, output_options, progress_option
+from ._progress import Progress
+from ._terminal import Output, width
+from ._values import FACTS, Name, Size, dialects, facts, is_fact, is_tolerance_or_rank, pairs
+
+if TYPE_CHECKING:
+    from ..actions.convert import ConvertOptions
+    from ..actions.convert_report import ConvertReport
+
+COMPRESS_LOSSLESS = "1e-6"
+"""What --compress without a value means: the smallest rank whose relative error stays below this."""
+
+
+class Given(TypedDict):
+    """The options as click hands them over."""
+
+    source_dialect: str | None
+    target_dialect: str | None
+    family: str | None
+    config: Path | None
+    layout: tuple[str, ...]
+    mappings: Path | None
+    alpha: tuple[str, ...]
+    rank: tuple[str, ...]
+    use_rslora: tuple[str, ...]
+    fan_in_fan_out: tuple[str, ...]
+    enable_lora: tuple[str, ...]
+    kernel_size: tuple[str, ...]
+    groups: tuple[str, ...]
+    out_features: tuple[str, ...]
+    conv_form: tuple[str, ...]
+    kind: tuple[str, ...]
+    merged: tuple[str, ...]
+    dtype: str | None
+    on_overflow: str
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    layers: str | None
+    compress: str | None
+    adapter_only: bool
+    max_shard_size: int | None
+    crc: bool
+    workers: int
+    dry_run: bool
+    overwrite: bool
+    json: bool
+    quiet: bool
+    verbose: bool
+    no_progress: bool
+
+
+@documented(
+    Manual(
+        arguments={
+            "SRC": "A checkpoint file, a sharded set's index, or a directory (peft adapter, model).",
+            "DST": "A file, whose suffix decides the container (.safetensors, .bin/.pt, .ckpt), or a directory.",
+        },
+        groups={
+            "From and to": ("source_dialect", "target_dialect", "family", "config", "layout", "mappings"),
+            "What the source does not say": tuple(FACTS),
+            "Selection": ("include", "exclude", "layers", "adapter_only"),
+            "Numbers": ("dtype", "on_overflow", "compress"),
+            "Writing": ("max_shard_size", "crc", "workers", "dry_run", "overwrite"),
+            "Output": ("json", "quiet", "verbose", "no_progress"),
+        },
+        examples=(
+            "lorabridge convert peft_adapter/ out.ckpt",
+            "lorabridge convert out.ckpt back/ --to peft",
+            "lorabridge convert lora.pt out.ckpt --alpha 16 --enable-lora T,F,T",
+            "lorabridge convert gpt2/ gpt2_ms/ --family gpt2 --dry-run",
+        ),
+        optional={
+            "--compress": (is_tolerance_or_rank, COMPRESS_LOSSLESS),
+            "--fan-in-fan-out": (is_fact("fan_in_fan_out"), "yes"),
+        },
+    )
+)
+@click.command("convert", cls=Command)
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("target", metavar="DST")
+@click.option("--from", "source_dialect", type=Name("dialect", dialects), metavar="DIALECT",
+              help="Dialect of SRC, where detection is wrong or cannot decide: peft, loralib, loralib-ms, mindpet; "
+              "hf or ms for a whole model.")  # fmt: skip
+@click.option("--to", "target_dialect", type=Name("dialect", dialects), metavar="DIALECT",
+              help="Dialect of DST; by default what DST's container calls for.")  # fmt: skip
+@click.option("--family", metavar="NAME", help="Table of module names to go through; see `lorabridge tables list`.")
+@click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
+              help="adapter_config.json or the model's config.json, where it is not beside SRC.")  # fmt: skip
+@click.option("--layout", metavar="KEY=VALUE", multiple=True,
+              help="A choice that a table asks for, such as qkv=grouped. May be repeated.")  # fmt: skip
+@mappings_option
+@fact_options
+@click.option("--include", metavar="GLOB", multiple=True, help="Convert only what matches. May be repeated.")
+@click.option("--exclude", metavar="GLOB", multiple=True, help="Do not convert what matches. May be repeated.")
+@click.option("--layers", metavar="SET", help="Convert only these layers: 0-11, 0-11:2, 0,3,8-10.")
+@click.option("--adapter-only", is_flag=True, help="Leave the base weights in a full checkpoint out.")
+@click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors: fp32, fp16, bf16 ...; rounds once.")
+@click.option("--on-overflow", type=click.Choice(["error", "saturate", "inf"]), default="error", show_default=True,
+              help="What a cast does with values that are too large.")  # fmt: skip
+@click.option("--compress", metavar="[TOL|RANK]",
+              help="Reduce ranks by SVD to a relative error or to a rank; alone, to 1e-6.")  # fmt: skip
+@click.option("--max-shard-size", metavar="SIZE", type=Size(), help="Split the output: 5GB, 500MiB ...")
+@click.option("--crc", is_flag=True, help="Write MindSpore's CRC trailer into a .ckpt.")
+@click.option("--workers", metavar="N", type=click.IntRange(min=0, max=256), default=0, envvar="LORABRIDGE_WORKERS",
+              help="Threads; by default one per CPU, at most 8. The output does not depend on it.")  # fmt: skip
+@click.option("-n", "--dry-run", is_flag=True, help="Plan and report; write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace DST, in one step, if it exists.")
+@output_options
+@progress_option
+def convert(source: Path, target: str, **given: Unpack[Given]) -> None:
+    """Convert an adapter or a checkpoint between PyTorch and MindSpore.
+
+    Exact in both directions; all of DST appears or none of it. A statement about modules is VALUE for all of them or
+    PATTERN=VALUE for those whose path matches the glob PATTERN, and may be repeated.
+    """
+    out = Output("convert", given["json"], given["quiet"], given["verbose"])
+    options = _options(given)
+    from ..actions.convert import convert as run
+
+    with Progress("converting", enabled=not (given["no_progress"] or given["quiet"])) as progress:
+        done = run(source, target, options, progress=progress)
+    if out.json:
+        out.document(done.as_json())
+        return
+    _show(out, done)
+
+
+def _options(given: Given) -> ConvertOptions:
+    from ..actions.convert import ConvertOptions
+
+    texts: dict[str, tuple[str, ...]] = {
+        "alpha": given["alpha"], "rank": given["rank"], "use_rslora": given["use_rslora"],
+        "fan_in_fan_out": given["fan_in_fan_out"], "enable_lora": given["enable_lora"],
+        "kernel_size": given["kernel_size"], "groups": given["groups"], "out_features": given["out_features"],
+        "conv_form": given["conv_form"], "kind": given["kind"], "merged": given["merged"],
+    }  # fmt: skip
+    return ConvertOptions(
+        source_dialect=given["source_dialect"], target_dialect=given["target_dialect"], family=given["family"],
+        config=given["config"], layout=pairs(given["layout"], "--layout"), mappings=given["mappings"],
+        facts=facts(texts.items()), dtype=given["dtype"], on_overflow=given["on_overflow"],
+        include=given["include"], exclude=given["exclude"], layers=given["layers"], compress=given["compress"],
+        adapter_only=given["adapter_only"], max_shard_size=given["max_shard_size"], crc=given["crc"],
+        workers=given["workers"], dry_run=given["dry_run"], overwrite=given["overwrite"],
+    )  # fmt: skip
+
+
+def _show(out: Output, done: ConvertReport) -> None:
+    line = f"{text.escape(done.summary())} ({text.size(done.nbytes)})"
+    out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
+    if out.verbose:
+        rows = [(m.path, m.kind, text.number(m.rank), text.number(m.alpha), text.number(m.scaling), m.features)
+                for m in done.modules]  # fmt: skip
+        if rows:
+            header = ("module", "kind", "rank", "alpha", "scaling", "")
+            out.result(text.table(header, rows, right="  rrr", width=width()))
+        out.result("\n".join(text.escape(f"left out: {name} ({why})") for name, why in done.left_out))
+        out.result("\n".join(text.escape(f"not selected: {name}") for name in done.unselected))
+    elif not out.quiet:
+        _count(out, done)
+    out.warn(
+        f"{row.tensor}: {row.inexact} of {row.elements} elements rounded, relative error up to {row.worst:.2e}"
+        for row in done.rounding
+    )
+    out.warn(done.warnings)
+    for note in done.notes:
+        out.hint(note, label="note: ")
+    if not done.dry_run:
+        out.hint(f"lorabridge inspect {shlex.quote(done.target)}", label="next: ")
+
+
+def _count(out: Output, done: ConvertReport) -> None:
+    left = [(len(done.left_out), "left out on purpose"), (len(done.unselected), "not selected")]
+    parts = [f"{text.count(number, 'tensor')} {what}" for number, what in left if number]
+    if parts:
+        out.hint(f"{', '.join(parts)}; -v lists them", label="note: ")
+    if done.not_carried:
+        out.hint(f"{text.count(len(done.not_carried), 'file')} beside the source not carried: "
+                 f"{', '.join(done.not_carried[:5])}", label="note: ")  # fmt: skip
