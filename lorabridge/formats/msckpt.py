@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from ..dtypes import BY_MINDSPORE, BY_NAME
 from ..errors import InputError, MappingError
 from ..tensors import Extent, TensorSpec
-from .sniff import identify, refusal
+from .sniff import identify
 from .untrusted import MAX_RANK, open_regular, pread_into, shown
 from .wire import MAX_NAME, TRAILER, TRAILER_BYTES, Crc, Record, Window, WireError, record_header, walk
 
@@ -142,7 +142,8 @@ def open_file(path: Path) -> CkptSource:
         file.close()
         kind = identify(path)
         if kind.format != NAME and kind.name != "unknown":
-            raise refusal(path, kind, needed="a MindSpore checkpoint is needed") from None
+            problem = f"a MindSpore checkpoint is needed, this is {kind.title}"
+            raise InputError(problem, where=shown(str(path)), hint=kind.cure or "name a .ckpt of weights") from None
         hint = "fetch or save the file again: it is damaged, cut off, or no MindSpore checkpoint"
         place = _place(path, error.tensor) if error.tensor else shown(str(path))
         raise InputError(error.problem, where=f"{place}, byte {error.offset}", hint=hint) from None
