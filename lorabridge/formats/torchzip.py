@@ -1,0 +1,351 @@
+"""Read torch zip checkpoints (.bin, .pt, .pth) without torch and without trusting them.
+
+A file may be what ``torch.save`` makes of
+
+- a mapping of names to tensors or parameters (a state_dict). Other values beside the tensors are not tensors' data:
+  they are listed in ``skipped``, as is everything else that is left out;
+- a training checkpoint: a mapping in which exactly one value is such a mapping ({"state_dict": ..., "optimizer":
+  ..., "epoch": 3}). That one is used, the other entries are listed in ``skipped``. Where several would do, or tensors
+  stand beside one, the file is refused with the choices, and ``key`` chooses: an entry's name, or "" for the top.
+
+Attributes of an OrderedDict (the module versions in ``_metadata``), ``requires_grad`` and devices are not read.
+
+Checksums: the pickle's is always checked. A tensor's is checked when ``read`` reads a whole record, as it does for
+contiguous tensors that own their storage; :func:`verify_crc` checks every record.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..dtypes import BY_TORCH
+from ..errors import InputError
+from ..tensors import Extent, TensorSpec
+from .sniff import identify, refusal
+from .storedzip import BLOCK, Record, check_crc, read_directory, record_bytes
+from .torchpickle import MAX_PICKLE, Unpickler
+from .torchsink import make_sink
+from .torchvalues import PickleError, Refused, Storage, Table, Tensor, kind
+from .untrusted import MAX_NAME, MAX_RANK, MAX_TENSORS, open_regular, pread_into, shown
+
+if TYPE_CHECKING:
+    from ..tensors import Bits
+
+__all__ = ["NAME", "SUFFIXES", "TorchSource", "make_sink", "open_file", "verify_crc"]
+
+NAME = "torch"
+SUFFIXES = (".bin", ".pt", ".pth")
+MAX_EXPANDED = 2**30
+"""Bytes of a tensor that repeats elements of a smaller storage."""
+
+_SMALL = {".format_version", ".storage_alignment", "version", "byteorder", ".data/serialization_id"}
+_SCRIPT = ("constants.pkl", "code/")
+_RESAVE = "load it where it was made and save only its state_dict: torch.save(model.state_dict(), path)"
+
+
+class TorchSource:
+    """Read one torch zip checkpoint; see ``lorabridge.tensors.Source`` for the methods.
+
+    ``skipped`` lists (name, reason) of everything in the file that is no tensor of the chosen mapping.
+    """
+
+    def __init__(
+        self,
+        file: io.FileIO,
+        path: Path,
+        tensors: Mapping[str, Tensor],
+        records: Mapping[str, Record],
+        *,
+        big_endian: bool,
+        skipped: tuple[tuple[str, str], ...],
+    ) -> None:
+        self.format = NAME
+        self.path = path
+        self.specs: Mapping[str, TensorSpec] = {
+            name: TensorSpec(name, BY_TORCH[tensor.dtype], tensor.shape) for name, tensor in tensors.items()
+        }
+        self.metadata: Mapping[str, str] = {}
+        self.skipped = skipped
+        self.records = records
+        self._file = file
+        self._tensors = tensors
+        self._big_endian = big_endian
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Bits:
+        """Return the bits of a tensor, or of rows [start, stop) of its first axis, C-contiguous and little-endian.
+
+        Raises KeyError for an unknown name, ValueError for rows outside the shape, InputError when the file ends early
+        or a checksum differs.
+        """
+        tensor, spec = self._tensors[name], self.specs[name]
+        record = self.records[f"data/{tensor.storage.key}"]
+        shape, offset = tensor.shape, tensor.offset
+        if rows is not None:
+            if not shape or not 0 <= rows[0] <= rows[1] <= shape[0]:
+                raise ValueError(f"rows {rows} are outside the shape {shape} of {name}")
+            offset += rows[0] * tensor.stride[0]
+            shape = (rows[1] - rows[0], *shape[1:])
+        carrier = spec.dtype.carrier()
+        if math.prod(shape) == 0:
+            return np.empty(shape, carrier)
+        width = carrier.itemsize
+        if _contiguous(shape, tensor.stride):
+            bits = np.empty(shape, carrier)
+            self._fill(name, bits, record, offset * width)
+        else:
+            span = np.empty(_reach(shape, tensor.stride) + 1, carrier)
+            self._fill(name, span, record, offset * width)
+            strides = tuple(step * width for step in tensor.stride)
+            bits = np.array(np.lib.stride_tricks.as_strided(span, shape, strides), order="C")
+        return _swapped(bits, spec) if self._big_endian else bits
+
+    def extents(self, name: str) -> tuple[Extent, ...]:
+        """Return the tensor's byte range; () where it must be read because it is strided, empty or big-endian."""
+        tensor, spec = self._tensors[name], self.specs[name]
+        swapped = self._big_endian and spec.dtype.itemsize > 1
+        if swapped or not spec.nbytes or not _contiguous(tensor.shape, tensor.stride):
+            return ()
+        record = self.records[f"data/{tensor.storage.key}"]
+        return (Extent(self.path, record.offset + tensor.offset * spec.dtype.itemsize, spec.nbytes),)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _fill(self, name: str, bits: Bits, record: Record, offset: int) -> None:
+        view = bits.reshape(-1).view(np.uint8).data
+        if pread_into(self._file, view, record.offset + offset) != len(view):
+            raise InputError("the file changed or ended early", where=f"{shown(str(self.path))}: {shown(name)}")
+        if len(view) == record.size:
+            check_crc(zlib.crc32(view), self.path, record)
+
+
+def open_file(path: Path, *, key: str | None = None) -> TorchSource:
+    """Open a torch zip checkpoint, reading its directory and its pickle but no tensor.
+
+    ``key`` names the entry of a training checkpoint that holds the tensors ("" for the top mapping); None finds it.
+    Raises InputError for anything that is not such a file, unsafe, damaged or ambiguous, StorageError when the system
+    refuses.
+    """
+    path = Path(path)
+    file = open_regular(path)
+    try:
+        return _open(file, path, key)
+    except BaseException as error:
+        file.close()
+        if isinstance(error, InputError) and (found := identify(path)).name != NAME:
+            raise refusal(path, found) from None
+        raise
+
+
+def verify_crc(source: TorchSource, *, progress: Callable[[int, int], None] | None = None) -> None:
+    """Read every record of the archive and compare its CRC-32 with the stored one.
+
+    ``progress`` is called with bytes done and bytes in all. Raises InputError listing the records that differ; a record
+    stored without a checksum (zero) cannot differ.
+    """
+    total = sum(record.size for record in source.records.values())
+    done, bad = 0, []
+    with open_regular(source.path) as file:
+        buffer = memoryview(bytearray(BLOCK))
+        for record in source.records.values():
+            crc, at = 0, 0
+            while at < record.size:
+                block = buffer[: min(BLOCK, record.size - at)]
+                if pread_into(file, block, record.offset + at) != len(block):
+                    raise InputError(
+                        "the file changed or ended early", where=f"{shown(str(source.path))}: {record.name}"
+                    )
+                crc, at = zlib.crc32(block, crc), at + len(block)
+                done += len(block)
+                if progress:
+                    progress(done, total)
+            if record.crc not in (0, crc):
+                bad.append(f"{shown(str(source.path))}: {record.name}")
+    if bad:
+        raise InputError("stored checksums differ from the data", where=bad, hint="download or copy the file again")
+
+
+def _open(file: io.FileIO, path: Path, key: str | None) -> TorchSource:
+    where = shown(str(path))
+    _, records = read_directory(file, path)
+    if any(name.startswith(_SCRIPT) for name in records):
+        raise InputError("this is a TorchScript archive, which holds code", where=where, hint=_RESAVE)
+    odd = [name for name in records if name not in _SMALL and name != "data.pkl" and not _is_storage(name)]
+    missing = [name for name in ("data.pkl", "version") if name not in records]
+    if odd or missing:
+        places = [
+            *(f"{where}: {shown(name)} is unexpected" for name in odd),
+            *(f"{where}: no {name}" for name in missing),
+        ]
+        raise InputError("the archive does not hold what torch.save writes", where=places, hint=_RESAVE)
+    big_endian = _versions(file, path, records)
+    if records["data.pkl"].size > MAX_PICKLE:
+        raise InputError(f"data.pkl has {records['data.pkl'].size} bytes, more than {MAX_PICKLE}", where=where)
+    unpickler = Unpickler(record_bytes(file, path, records["data.pkl"]))
+    try:
+        root = unpickler.load()
+    except PickleError as error:
+        raise InputError(f"the pickle is not accepted: {error}", where=f"{where}: data.pkl", hint=_RESAVE) from None
+    table, prefix, skipped = _choose(root, where, key)
+    tensors, others = _collect(table, prefix, where)
+    _check_storages(unpickler.storages, records, where)
+    _check_views(tensors, where)
+    unused = sorted({name for name in records if _is_storage(name)} - {f"data/{key}" for key in unpickler.storages})
+    skipped += [*others, *((name, "a record that nothing refers to") for name in unused)]
+    return TorchSource(file, path, tensors, records, big_endian=big_endian, skipped=tuple(skipped))
+
+
+def _is_storage(name: str) -> bool:
+    return name.startswith("data/") and "/" not in name[5:]
+
+
+def _versions(file: io.FileIO, path: Path, records: Mapping[str, Record]) -> bool:
+    """Check the records that describe the archive; returns whether its data is big-endian."""
+    texts: dict[str, bytes] = {}
+    for name in _SMALL & set(records):
+        if records[name].size > 256:
+            raise InputError(f"the record {name} is too long", where=shown(str(path)), hint=_RESAVE)
+        texts[name] = record_bytes(file, path, records[name])
+    version = texts["version"].strip()
+    # torch reads file format versions 1 to 10 (caffe2/serialize/versions.h)
+    if not (version.isdigit() and len(version) <= 2 and 1 <= int(version) <= 10):
+        raise InputError(f"the file format version {version!r} is unknown", where=shown(str(path)), hint=_RESAVE)
+    order = texts.get("byteorder", b"little")
+    if order not in (b"little", b"big"):
+        raise InputError(f"the byte order {order!r} is unknown", where=shown(str(path)), hint=_RESAVE)
+    return order == b"big"
+
+
+def _choose(root: object, where: str, key: str | None) -> tuple[Table, str, list[tuple[str, str]]]:
+    """Find the mapping that holds the tensors; returns it, the prefix for its skipped entries, and what is left out."""
+    if not isinstance(root, Table):
+        raise InputError(f"the file holds {kind(root)}, not a mapping of names to tensors", where=where, hint=_RESAVE)
+    choices: dict[str, Table] = {"": root} if _holds_tensors(root) or not root.items else {}
+    for name, value in root.items:
+        if isinstance(name, str) and isinstance(value, Table) and _holds_tensors(value):
+            if name in choices:
+                raise InputError("a key occurs twice", where=f"{where}: {shown(name)}", hint=_RESAVE)
+            choices[name] = value
+    if key is None and len(choices) > 1:
+        listed = [f"{where}: {shown(name) if name else 'the top mapping'}, {kind(choices[name])}" for name in choices]
+        raise InputError(
+            "several mappings in the file hold tensors",
+            where=listed,
+            hint="save the wanted one alone: torch.save(torch.load(path, weights_only=True)[key], new_path)",
+        )
+    if not choices or (key is not None and key not in choices):
+        listed = [f"{where}: {_label(name)} is {kind(value)}" for name, value in root.items]
+        raise InputError("the file has no mapping of names to tensors there", where=listed or where, hint=_RESAVE)
+    chosen = next(iter(choices)) if key is None else key
+    if not chosen:
+        return root, "", []
+    left = [(_label(name), kind(value)) for name, value in root.items if not (isinstance(name, str) and name == chosen)]
+    return choices[chosen], f"{chosen}.", left
+
+
+def _holds_tensors(table: Table) -> bool:
+    return any(isinstance(value, Tensor | Refused) and isinstance(name, str) for name, value in table.items)
+
+
+def _label(name: object) -> str:
+    return name if isinstance(name, str) else str(name) if isinstance(name, bool | int) else kind(name)
+
+
+def _collect(table: Table, prefix: str, where: str) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
+    """Sort a mapping's entries into tensors and others; raises InputError listing what cannot be used."""
+    tensors: dict[str, Tensor] = {}
+    others: list[tuple[str, str]] = []
+    seen: set[str] = set()
+    bad = []
+    for name, value in table.items:
+        if not isinstance(name, str):
+            bad.append(f"{where}: a key is {kind(name)}, not a name")
+            continue
+        if name in seen:
+            bad.append(f"{where}: {shown(name)} occurs twice")
+        elif not name or len(name.encode(errors="surrogatepass")) > MAX_NAME or not _is_text(name):
+            bad.append(f"{where}: {shown(name)} is no name: empty, too long or no text")
+        elif isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, Refused):
+            bad.append(f"{where}: {shown(name)} is {value.reason}")
+        else:
+            others.append((prefix + name, kind(value)))
+        seen.add(name)
+    if len(tensors) > MAX_TENSORS:
+        bad.append(f"{where}: it holds {len(tensors)} tensors, more than {MAX_TENSORS}")
+    if bad:
+        raise InputError("entries of the file cannot be used", where=bad, hint=_RESAVE)
+    return tensors, others
+
+
+def _is_text(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _check_storages(storages: Mapping[str, Storage], records: Mapping[str, Record], where: str) -> None:
+    bad = []
+    for key, storage in storages.items():
+        record = records.get(f"data/{key}")
+        dtype = BY_TORCH.get(storage.dtype)
+        if record is None or not _is_storage(f"data/{key}"):
+            bad.append(f"{where}: data/{shown(key)} is missing")
+        elif dtype and record.size != storage.numel * dtype.itemsize:
+            need = storage.numel * dtype.itemsize
+            bad.append(f"{where}: data/{shown(key)} has {record.size} bytes, its storage {need}")
+    if bad:
+        raise InputError("the archive's records do not fit its pickle", where=bad, hint="download or save it again")
+
+
+def _check_views(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors that reach outside their storage or unfold it beyond measure."""
+    bad = []
+    for name, tensor in tensors.items():
+        width = BY_TORCH[tensor.dtype].itemsize
+        held = tensor.storage.numel * BY_TORCH[tensor.storage.dtype].itemsize
+        size = math.prod(tensor.shape) * width
+        reach = tensor.offset + _reach(tensor.shape, tensor.stride) + 1 if size else 0
+        if len(tensor.shape) > MAX_RANK:
+            bad.append(f"{where}: {shown(name)} has {len(tensor.shape)} axes, more than {MAX_RANK}")
+        elif math.prod(max(length, 1) for length in tensor.shape) * width >= 2**63:
+            bad.append(f"{where}: {shown(name)} has a shape that is too large")
+        elif reach * width > held:
+            bad.append(f"{where}: {shown(name)} reaches byte {reach * width} of a storage of {held}")
+        elif size > max(held, MAX_EXPANDED):
+            bad.append(f"{where}: {shown(name)} unfolds {held} bytes to {size}")
+    if bad:
+        raise InputError("tensors do not fit their storages", where=bad, hint="download or save the file again")
+
+
+def _reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Return the index of the last element of a view that has one."""
+    return sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
+
+
+def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for length, step in zip(reversed(shape), reversed(stride), strict=True):
+        if length != 1:
+            if step != expected:
+                return False
+            expected *= length
+    return True
+
+
+def _swapped(bits: Bits, spec: TensorSpec) -> Bits:
+    """Turn big-endian elements into little-endian ones; a complex number is two numbers."""
+    width = spec.dtype.itemsize // (2 if spec.dtype.kind == "complex" else 1)
+    if width > 1:
+        bits.reshape(-1).view(f"u{width}").byteswap(inplace=True)
+    return bits
