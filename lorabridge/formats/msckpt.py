@@ -219,7 +219,7 @@ def check_crc(path: Path, progress: Callable[[int, int], None] | None = None) ->
         crc = source.crc
         if crc is None:
             return False
-        value = _crc32(lambda offset, length: os.pread(source._file.fileno(), length, offset), crc.covered, progress)
+        value = _crc32(path, lambda at, length: os.pread(source._file.fileno(), length, at), crc.covered, progress)
     finally:
         source.close()
     if value != crc.value:
@@ -228,12 +228,14 @@ def check_crc(path: Path, progress: Callable[[int, int], None] | None = None) ->
     return True
 
 
-def _crc32(read: Callable[[int, int], bytes], size: int, progress: Callable[[int, int], None] | None = None) -> int:
+def _crc32(
+    path: Path, read: Callable[[int, int], bytes], size: int, progress: Callable[[int, int], None] | None = None
+) -> int:
     value = done = 0
     while done < size:
         block = read(done, min(_BLOCK, size - done))
         if not block:
-            raise InputError("the file ended early", hint=_RETRY)
+            raise InputError("the file ended early", where=shown(str(path)), hint=_RETRY)
         value = zlib.crc32(block, value)
         done += len(block)
         if progress:
@@ -311,7 +313,7 @@ class CkptSink:
         out = self._opened()
         tail = out.read(max(self._size - TRAILER_BYTES, 0), min(self._size, TRAILER_BYTES))
         if self._crc or tail.startswith(TRAILER):  # MindSpore cuts such an end off even if it is a tensor's
-            value = _crc32(out.read, self._size)
+            value = _crc32(out.path, out.read, self._size)
             out.write(self._size, TRAILER + value.to_bytes(TRAILER_BYTES - len(TRAILER), "big"))
         out.close()
 

@@ -90,6 +90,8 @@ class Window:
     def varint(self, offset: int, stop: int) -> tuple[int, int]:
         """Return the unsigned 64-bit varint at ``offset`` and where it ends, which is not beyond ``stop``."""
         at = offset - self._start
+        if 0 <= at < len(self._data) and offset < stop and self._data[at] < 0x80:
+            return self._data[at], offset + 1
         if at < 0 or at + _LONGEST_PREFIX > len(self._data):
             self._move(offset, min(_LONGEST_PREFIX, self.size - offset))
             at = 0
@@ -126,8 +128,8 @@ class Window:
         else:
             raise WireError(f"field {number} has wire type {kind}", offset)
         if at + length > stop:
-            short = at + length - stop
-            raise WireError(f"field {number} of {length} bytes ends {short} bytes after what contains it", offset)
+            holder = "the file" if stop == self.size else "the field around it"
+            raise WireError(f"a field announces {length} bytes, {at + length - stop} more than {holder} holds", offset)
         return number, kind, at, at + length
 
 

@@ -192,11 +192,11 @@ REFUSED = {
     "field 2**29": (record() + varint(2**29 << 3) + b"\0", "field number"),
     "a number of 11 bytes": (record() + b"\x10" + b"\x80" * 10 + b"\x01", "64 bits"),
     "a number above 64 bits": (record() + b"\x10" + b"\xff" * 9 + b"\x02", "64 bits"),
-    "a length of 2**63": (b"\x0a" + varint(2**63) + record()[2:], "after what contains it"),
-    "a tag longer than its record": (field(1, b"\x0a\x7fw" + field(2, tensor())), "after what contains it"),
+    "a length of 2**63": (b"\x0a" + varint(2**63) + record()[2:], "more than the"),
+    "a tag longer than its record": (field(1, b"\x0a\x7fw" + field(2, tensor())), "more than the"),
     "a content longer than its tensor": (
         value("w", tensor()[:-17] + b"\x12" + FOUR) + bytes(40),
-        "after what contains",
+        "more than the field",
     ),
     "bytes after the last record": (record() + b"\0", "field number"),
     "only unknown fields": (field(5, b"abc"), "no parameter record"),
@@ -209,6 +209,16 @@ REFUSED = {
 }
 
 
+NAMELESS = {
+    "no tag", "empty record", "empty tag", "tag not UTF-8", "tag with a surrogate", "tag of 1025 characters",
+    "tag of a megabyte", "two tags", "two tensors", "tag as a number", "group", "field 0", "field 2**29",
+    "a number of 11 bytes", "a number above 64 bits", "a length of 2**63", "a tag longer than its record",
+    "bytes after the last record", "only unknown fields", "checksum beyond 32 bits", "half a trailer", "two trailers",
+    "many fields in a record", "many fields in the file",
+}  # fmt: skip
+"""What is wrong before, beside or in the name of a tensor."""
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_wrong_is_refused_by_file_and_tensor(path: Path, case: str) -> None:
     data, words = REFUSED[case]
@@ -218,8 +228,7 @@ def test_what_is_wrong_is_refused_by_file_and_tensor(path: Path, case: str) -> N
     assert words in text
     assert str(path) in error.value.where[0]
     assert error.value.hint
-    if "tag" not in case and b"\x0a\x01w" in data and "in" in error.value.where[0] and "tensor" in error.value.where[0]:
-        assert "tensor w" in error.value.where[0]
+    assert ("tensor " in error.value.where[0]) == (case not in NAMELESS)
 
 
 def test_all_wrong_tensors_are_listed_at_once(path: Path) -> None:
@@ -346,7 +355,7 @@ def test_megabytes_of_tiny_fields_are_refused_at_once(path: Path) -> None:
 
 
 def test_a_declared_terabyte_is_not_allocated(path: Path) -> None:
-    with pytest.raises(InputError, match="after what contains it"):
+    with pytest.raises(InputError, match="more than the"):
         opened(path, b"\x0a" + varint(2**40 + 50) + b"\x0a\x01w\x12" + varint(2**40 + 40))
     with pytest.raises(InputError, match="holds 16"):
         opened(path, record(dims=(2**38,)))
