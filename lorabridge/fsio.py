@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from pickle import PickleBuffer
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .errors import InputError, OutputError, StorageError
 from .staging import ASIDE, OUT, Area, Header, StagingArea, find_staging, remove_staging, staging_path, try_lock
@@ -36,6 +36,8 @@ from .syscalls import (
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    from .tensors import Bits
 
 __all__ = ["OutFile", "Staging", "StagingArea", "find_staging", "remove_staging", "require_space"]
 
@@ -101,13 +103,13 @@ class OutFile:
         with refusals(self.path, size):
             allocate(self._fd, size)
 
-    def write(self, offset: int, data: Buffer) -> None:
+    def write(self, offset: int, data: Buffer | Bits) -> None:
         """Write the bytes of a C-contiguous buffer at ``offset``."""
-        view = memoryview(data)
+        view = memoryview(cast("Buffer", data))
         if not view.c_contiguous:
             raise ValueError("the buffer is not C-contiguous")
         with refusals(self.path, self._size):
-            write_all(self._fd, PickleBuffer(data).raw(), offset)
+            write_all(self._fd, PickleBuffer(view).raw(), offset)
 
     def copy(self, offset: int, source: Path, start: int, length: int) -> None:
         """Copy bytes [start, start + length) of another file to ``offset``; an InputError when it is shorter."""

@@ -1,0 +1,170 @@
+"""Cut a plan into tasks for workers.
+
+Tasks are the smallest groups that share no source tensor in memory: each part of a join along the first axis stands
+alone, and whatever is a run of source bytes is copied without passing through memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from .axes import Compute, Expr, Join, Read, Reshape, Slice, byte_ranges, children
+from .errors import InputError, MappingError
+from .plan import Plan
+from .tensors import Extent, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of one output: where its buffer begins in the output's, and either file ranges or an expression."""
+
+    output: str
+    offset: int
+    expr: Expr
+    extents: tuple[Extent, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this part."""
+        return _nbytes(self.expr)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Pieces done by one worker in this order, and the most bytes they hold in memory."""
+
+    pieces: tuple[Piece, ...]
+    held: int
+
+
+def _nbytes(expr: Expr) -> int:
+    return TensorSpec("", expr.dtype, expr.shape).nbytes
+
+
+def refuse_packed(plan: Plan) -> None:
+    """Types below a byte are flat bytes: they can be copied whole, not cut or reordered."""
+    wrong = []
+    for name, expr in plan.outputs().items():
+        while isinstance(expr, Reshape):
+            expr = expr.x
+        if expr.dtype.bits % 8 and not isinstance(expr, Read):
+            wrong.append(f"{name} ({expr.dtype})")
+    if wrong:
+        raise MappingError("types narrower than a byte can only be copied whole", where=wrong)
+
+
+def cut(plan: Plan, extents: Mapping[str, tuple[Extent, ...]], *, whole: bool) -> list[Task]:
+    """Cut a plan into tasks; ``whole`` keeps each output's pieces together and in order, for its digest."""
+    pieces = [
+        piece
+        for name, expr in plan.outputs().items()
+        for piece in _split(name, 0, expr, plan.sources, extents)
+        if piece.nbytes
+    ]
+    parent: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def root(key: tuple[str, str]) -> tuple[str, str]:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    groups: dict[tuple[str, str], list[Piece]] = {}
+    keys = []
+    for number, piece in enumerate(pieces):
+        needed = [("source", name) for name in dict.fromkeys(shared(piece))]
+        mine = [("output", piece.output)] * whole + needed or [("piece", str(number))]
+        for key in mine[1:]:
+            parent[root(key)] = root(mine[0])
+        keys.append(mine[0])
+    for key, piece in zip(keys, pieces, strict=True):
+        groups.setdefault(root(key), []).append(piece)
+    return [Task(tuple(group), _held(group, plan.sources)) for group in groups.values()]
+
+
+def _split(
+    name: str,
+    offset: int,
+    expr: Expr,
+    sources: Mapping[str, TensorSpec],
+    extents: Mapping[str, tuple[Extent, ...]],
+) -> Iterator[Piece]:
+    while isinstance(expr, Reshape):
+        expr = expr.x
+    if isinstance(expr, Join) and math.prod(expr.shape[: expr.axis]) == 1:
+        for part in expr.parts:
+            yield from _split(name, offset, part, sources, extents)
+            offset += _nbytes(part)
+        return
+    ranges = byte_ranges(expr) or []
+    copied: tuple[Extent, ...] = ()
+    if all(extents[source] for source, _, _ in ranges):
+        copied = _clip(ranges, sources, extents)
+    yield Piece(name, offset, expr, copied)
+
+
+def _clip(
+    ranges: Sequence[tuple[str, int, int]],
+    sources: Mapping[str, TensorSpec],
+    extents: Mapping[str, tuple[Extent, ...]],
+) -> tuple[Extent, ...]:
+    """Turn byte ranges of tensors into ranges of files; neighbours become one."""
+    found: list[Extent] = []
+    for name, first, length in ranges:
+        if sum(extent.length for extent in extents[name]) != sources[name].nbytes:
+            raise InputError("the file holds another number of bytes than the tensor's shape says", where=name)
+        at = 0
+        for extent in extents[name]:
+            low, high = max(first - at, 0), min(first + length - at, extent.length)
+            at += extent.length
+            if low >= high:
+                continue
+            start = extent.offset + low
+            if found and found[-1].path == extent.path and found[-1].offset + found[-1].length == start:
+                found[-1] = Extent(extent.path, found[-1].offset, found[-1].length + high - low)
+            else:
+                found.append(Extent(extent.path, start, high - low))
+    return tuple(found)
+
+
+def rows(expr: Expr) -> tuple[str, int, int] | None:
+    """Return (source, start, stop) where an expression is rows of a source tensor, which can be read alone."""
+    if isinstance(expr, Slice) and expr.axis == 0 and isinstance(expr.x, Read):
+        return expr.x.name, expr.start, expr.stop
+    return None
+
+
+def _leaves(expr: Expr) -> Iterator[str]:
+    if isinstance(expr, Read):
+        yield expr.name
+    for child in children(expr):
+        yield from _leaves(child)
+
+
+def shared(piece: Piece) -> Iterator[str]:
+    """Name the source tensors that a piece needs whole in memory, as often as it asks for them."""
+    if not piece.extents and rows(piece.expr) is None:
+        yield from _leaves(piece.expr)
+
+
+def _made(expr: Expr, top: bool = True) -> int:
+    """Bound the bytes that evaluation makes besides its sources: kernels' results, inner joins and reshapes."""
+    top = top and isinstance(expr, Join)
+    made = _nbytes(expr) if isinstance(expr, Compute) or (isinstance(expr, Join | Reshape) and not top) else 0
+    return made + sum(_made(child, top) for child in children(expr))
+
+
+def _held(pieces: Sequence[Piece], sources: Mapping[str, TensorSpec]) -> int:
+    tensors = sum(sources[name].nbytes for name in {name for piece in pieces for name in shared(piece)})
+    alone = max((piece.nbytes for piece in pieces if not piece.extents and rows(piece.expr)), default=0)
+    return tensors + alone + max((_made(piece.expr) for piece in pieces if not piece.extents), default=0)
+
+
+def ordered(tasks: list[Task], workers: int) -> list[Task]:
+    """Put the few tasks first that would leave other workers idle at the end; the rest keeps the files' order."""
+    sizes = [sum(piece.nbytes for piece in task.pieces) for task in tasks]
+    large = sum(sizes) / (8 * workers)
+    first = [task for task, size in zip(tasks, sizes, strict=True) if size > large]
+    return first + [task for task, size in zip(tasks, sizes, strict=True) if size <= large]
