@@ -1,0 +1,31 @@
+"""The adapter dialects, in the order in which they are tried.
+
+A caller of :func:`detect` and of ``Dialect.parse`` puts the container's registry name into ``Content.metadata`` under
+the key "container": loralib and loralib-ms have the same names and differ only in the framework that wrote the file.
+"""
+
+from __future__ import annotations
+
+from ..errors import UsageError
+from .adapter import Content, Dialect
+from .loralib import Loralib
+from .loralib_ms import LoralibMs
+from .mindpet import Mindpet
+from .peft import Peft
+
+DIALECTS: tuple[Dialect, ...] = (Peft(), Loralib(), LoralibMs(), Mindpet())
+
+
+def by_name(name: str) -> Dialect:
+    """Return a dialect; UsageError for a name that is none."""
+    for dialect in DIALECTS:
+        if dialect.name == name:
+            return dialect
+    known = ", ".join(dialect.name for dialect in DIALECTS)
+    raise UsageError(f"unknown dialect {name!r}", hint=f"known dialects: {known}")
+
+
+def detect(content: Content) -> list[tuple[str, str]]:
+    """Return (dialect name, what gives it away) for every dialect that claims a file."""
+    found = ((dialect.name, dialect.detect(content)) for dialect in DIALECTS)
+    return [(name, why) for name, why in found if why is not None]

@@ -1,0 +1,71 @@
+"""Writing bare factor pairs: names of tensors, and the facts that the names cannot say."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from ..axes import Expr
+from .adapter import Adapter, Extra, Fact, Facts, LoraModule, Value
+
+
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """One written module: as it stands in the file, its tensors, the enabled blocks of a MergedLinear, notes."""
+
+    module: LoraModule
+    tensors: tuple[tuple[str, Expr], ...]
+    enable: tuple[bool, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def spell_extras(extras: Iterable[Extra], *, below_conv: Collection[str] = ()) -> list[tuple[str, Expr]]:
+    """Name the tensors beside the factors; those of adapted convolutions lie below ``.conv`` in loralib."""
+    out = []
+    for extra in extras:
+        below = extra.path in below_conv and extra.parameter in ("weight", "bias")
+        dot = f"{extra.path}." if extra.path else ""
+        out.append((f"{dot}conv.{extra.parameter}" if below else extra.name, extra.value))
+    return out
+
+
+def facts_about(adapter: Adapter, spelled: Sequence[Spelled]) -> Facts:
+    """State what the written file cannot say, once for all modules where they agree."""
+    stated = [(item.module.path, _statements(item)) for item in spelled]
+    shared = {
+        key: value
+        for key, value in (stated[0][1].items() if stated else ())
+        if all(key in facts and facts[key] == value for _, facts in stated)
+    }
+    own = [
+        Fact(glob.escape(path), key, value)
+        for path, facts in stated
+        for key, value in facts.items()
+        if key not in shared
+    ]
+    common = [Fact("*", key, value) for key, value in shared.items()]
+    paths = {item.module.path for item in spelled}
+    if any(extra.kind == "base" and extra.path in paths and extra.parameter != "bias" for extra in adapter.extras):
+        common.append(Fact("*", "merged", bool(adapter.config.get("merged"))))
+    return Facts((*own, *common))
+
+
+def _statements(item: Spelled) -> dict[str, Value]:
+    module = item.module
+    facts: dict[str, Value] = {"alpha": _whole(module.scaling.alpha), "kind": module.kind}
+    if module.scaling.rslora:
+        facts["use_rslora"] = True
+    if module.fan_in_fan_out is not None and module.kind == "linear":
+        facts["fan_in_fan_out"] = module.fan_in_fan_out
+    if item.enable:
+        facts["enable_lora"] = list(item.enable)
+    if module.kind.startswith("conv"):
+        facts["conv_form"] = module.conv_form
+        facts["kernel_size"] = list(module.kernel_size)
+        facts["groups"] = module.groups
+    return facts
+
+
+def _whole(alpha: float) -> int | float:
+    return int(alpha) if alpha == int(alpha) else alpha
