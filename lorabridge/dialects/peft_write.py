@@ -1,0 +1,193 @@
+"""Spell an adapter as peft does: tensor names, and an adapter_config.json that peft resolves to the same modules."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..axes import Expr, zeros
+from ..errors import MappingError
+from .adapter import Adapter, Extra, LoraModule, Value, Written
+from .peft_config import DEFAULTS, changes_base, read_settings, targets
+from .peft_scaling import scaling_fields
+
+PREFIX = "base_model.model."
+
+
+def write(adapter: Adapter) -> Written:
+    """Return peft's tensors, sorted by name, and its config; MappingError lists what peft cannot express.
+
+    Modules of several terms and loralib's conv factors become single pairs of a higher rank, exactly, which the notes
+    say. Fields of ``adapter.config`` that still describe the adapter are kept as they are.
+    """
+    modules, notes = _pairs(adapter)
+    _refuse(modules, adapter.extras)
+    modules, filled = _with_bias(modules)
+    spelling = _Spelling.of(modules, adapter.extras)
+    tensors = [item for module in modules for item in spelling.factors(module)]
+    tensors += [(spelling.extra(extra), extra.value) for extra in adapter.extras]
+    fields, scaled = scaling_fields(modules, spelling.attention, adapter.config)
+    config: dict[str, Value] = {**DEFAULTS, **adapter.config, "peft_type": "LORA", **fields}
+    config.update(_flags(modules, adapter))
+    config.update(_targets(modules, spelling.attention, adapter.config))
+    config.update(_beside(adapter))
+    return Written(sorted(tensors, key=lambda item: item[0]), config, notes=(*notes, *filled, *scaled))
+
+
+def _pairs(adapter: Adapter) -> tuple[list[LoraModule], list[str]]:
+    """Make every module one pair of factors, and say where the rank grew."""
+    from .factors import single_pair
+
+    modules, notes = [], []
+    for module in adapter.modules:
+        pair = single_pair(module, "peft")
+        modules.append(pair)
+        before, after = [term.rank for term in module.terms], pair.terms[0].rank
+        if before != [after]:
+            notes.append(f"{module.path}: ranks {before} became one pair of rank {after}, exactly")
+    init = changes_base(adapter.config)
+    if notes and init:
+        raise MappingError(
+            f"init_lora_weights={init!r} ties the factors to their rank, which had to grow",
+            where=notes,
+            hint="convert the adapter to plain LoRA in peft first (path_initial_model_for_weight_conversion)",
+        )
+    return modules, notes
+
+
+def _refuse(modules: Sequence[LoraModule], extras: Sequence[Extra]) -> None:
+    """Raise for what no peft file can say."""
+    plain = [m.path for m in modules if m.magnitude is None]
+    if 0 < len(plain) < len(modules):
+        raise MappingError(
+            f"{len(plain)} modules have no DoRA magnitude and others have: use_dora is one switch in peft",
+            where=plain,
+            hint="merge the adapter, or convert the two kinds of modules separately with --include",
+        )
+    paths = {m.path for m in modules}
+    counts = Counter(m.path for m in modules)
+    issues = [f"{path}: adapted {n} times" for path, n in counts.items() if n > 1]
+    for module in modules:
+        if not module.path:
+            issues.append("the adapted module is the model itself, which peft cannot replace")
+        if module.weight not in ("weight", "in_proj_weight"):
+            issues.append(f"{module.path}: adapts {module.weight}, peft only weights of layers")
+        if module.weight == "in_proj_weight" and f"{module.path}.out_proj" not in paths:
+            issues.append(f"{module.path}: peft adapts out_proj together with in_proj_weight, it has no factors")
+        if module.kind == "embedding" and module.lora_bias is not None:
+            issues.append(f"{module.path}: peft has no lora_bias for embeddings")
+    if issues:
+        raise MappingError("peft cannot express the adapter", where=issues, hint="merge the adapter instead")
+
+
+def _with_bias(modules: Sequence[LoraModule]) -> tuple[list[LoraModule], list[str]]:
+    """Give every layer a bias of B where some have one: lora_bias is one switch in peft, and zeros change nothing."""
+    if all(module.lora_bias is None for module in modules):
+        return list(modules), []
+    filled, notes = [], []
+    for module in modules:
+        if module.kind == "embedding":
+            raise MappingError(
+                "peft has no lora_bias for embeddings, and one switch for all layers",
+                where=module.path,
+                hint="convert embeddings separately with --include, or merge the adapter",
+            )
+        if module.lora_bias is None:
+            module = replace(module, lora_bias=zeros(module.terms[0].b.dtype, (module.out,)))
+            notes.append(f"{module.path}: lora_B got a bias of zeros")
+        filled.append(module)
+    return filled, notes
+
+
+@dataclass(frozen=True, slots=True)
+class _Spelling:
+    """Where peft's layers put their levels: ``adapted`` paths, attention paths, and embeddings with trained tokens."""
+
+    adapted: frozenset[str]
+    attention: frozenset[str]
+    tokens: frozenset[str]
+
+    @classmethod
+    def of(cls, modules: Sequence[LoraModule], extras: Sequence[Extra]) -> _Spelling:
+        return cls(
+            frozenset(m.path for m in modules),
+            frozenset(m.path for m in modules if m.weight == "in_proj_weight"),
+            frozenset(e.path for e in extras if e.kind == "trainable_tokens"),
+        )
+
+    def layer(self, path: str) -> str:
+        """Spell the place of peft's own layer for a module."""
+        parent, _, last = path.rpartition(".")
+        inner = f"{parent}.base_layer.{last}" if parent in self.attention else path
+        return f"{PREFIX}{inner}" + (".token_adapter.base_layer" if path in self.tokens else "")
+
+    def factors(self, module: LoraModule) -> list[tuple[str, Expr]]:
+        """Spell one module's tensors."""
+        layer, (term,) = self.layer(module.path), module.terms
+        if module.kind == "embedding":
+            tensors = [(f"{layer}.lora_embedding_A", term.a), (f"{layer}.lora_embedding_B", term.b)]
+        else:
+            tensors = [(f"{layer}.lora_A.weight", term.a), (f"{layer}.lora_B.weight", term.b)]
+        if module.lora_bias is not None:
+            tensors.append((f"{layer}.lora_B.bias", module.lora_bias))
+        if module.magnitude is not None:
+            tensors.append((f"{layer}.lora_magnitude_vector", module.magnitude))
+        return tensors
+
+    def extra(self, extra: Extra) -> str:
+        """Spell a tensor beside the factors."""
+        if extra.kind == "trainable_tokens":
+            return f"{PREFIX}{extra.path}.token_adapter.trainable_tokens_delta"
+        if extra.kind == "modules_to_save":
+            return f"{PREFIX}{extra.name}"
+        if extra.parameter.startswith("lora_"):
+            return f"{self.layer(extra.path)}.{extra.parameter}"
+        base = ".base_layer" if extra.path in self.adapted else ""
+        return f"{self.layer(extra.path) if extra.path else PREFIX.removesuffix('.')}{base}.{extra.parameter}"
+
+
+def _flags(modules: Sequence[LoraModule], adapter: Adapter) -> dict[str, Value]:
+    """Return the switches that the modules and extras imply."""
+    flags: dict[str, Value] = {"use_dora": modules[0].magnitude is not None} if modules else {}
+    if any(module.lora_bias is not None for module in modules) or "lora_bias" in adapter.config:
+        flags["lora_bias"] = any(module.lora_bias is not None for module in modules)
+    orders = {module.fan_in_fan_out for module in modules} - {None}
+    if orders:
+        flags["fan_in_fan_out"] = True in orders
+    biases = {extra.path for extra in adapter.extras if extra.kind == "bias"}
+    if biases and adapter.config.get("bias") not in ("all", "lora_only"):
+        flags["bias"] = "lora_only" if biases <= {module.path for module in modules} else "all"
+    return flags
+
+
+def _targets(modules: Sequence[LoraModule], attention: frozenset[str], config: Mapping[str, Value]) -> dict[str, Value]:
+    """Return target_modules: the config's own where it selects every module, else the modules' full paths."""
+    paths = sorted(m.path for m in modules if m.path.rpartition(".")[0] not in attention)
+    if config.get("target_modules") and all(targets(config, path) for path in paths):
+        return {}
+    fields: dict[str, Value] = {"target_modules": list(paths)}
+    for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+        if config.get(name) is not None:
+            fields[name] = None
+    return fields
+
+
+def _beside(adapter: Adapter) -> dict[str, Value]:
+    """Return the fields for whole modules and trained tokens."""
+    fields: dict[str, Value] = {}
+    saved = sorted({extra.path for extra in adapter.extras if extra.kind == "modules_to_save"})
+    carried = adapter.config.get("modules_to_save")
+    names = [name for name in carried if isinstance(name, str)] if isinstance(carried, list) else []
+    settings = read_settings({"lora_alpha": 1, "modules_to_save": list(names)}, "")
+    lacking = [path for path in saved if not settings.saves(path)]
+    if lacking:
+        fields["modules_to_save"] = [*names, *lacking]
+    tokens = [extra for extra in adapter.extras if extra.kind == "trainable_tokens"]
+    if tokens and not adapter.config.get("trainable_token_indices"):
+        raise MappingError(
+            "the adapter replaces rows of embeddings, but does not say which",
+            where=[extra.name for extra in tokens],
+            hint="give trainable_token_indices in an adapter_config.json with --config",
+        )
+    return fields
