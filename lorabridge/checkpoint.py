@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import numerics
-from .layouts import Input, open_input
+from .repository import Input, open_input
 from .tensors import TensorSpec
 
 

@@ -16,7 +16,7 @@ from ..dtypes import ALIASES, BY_NAME, DType
 from ..errors import MappingError, OutputError, UsageError
 from ..forward import Settings, dialect_named, forward, options_text
 from ..fsio import Staging, require_space
-from ..layouts import ADAPTER_CONFIG, MODEL_CONFIG, Framework, Input, Output, framework_of, open_input, plan_output
+from ..repository import ADAPTER_CONFIG, MODEL_CONFIG, Framework, Input, Output, framework_of, open_input, plan_output
 from ..selection import Selection
 from . import compress
 from .convert_report import ConvertReport, ModuleRow, RoundingRow
