@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -49,6 +50,11 @@ def blocks(expr: Expr, source: Callable[[str], Bits], kernels: Mapping[str, Kern
         for start in range(0, flat.size, BLOCK // itemsize):
             yield flat[start : start + BLOCK // itemsize]
         return
+    if isinstance(pieces, np.ndarray) and pieces.nbytes <= BLOCK:
+        block = np.empty(expr.shape, pieces.dtype)
+        copy_tiled(block, pieces)
+        yield block
+        return
     for window in _windows(expr.shape, itemsize):
         block = np.empty([stop - start for start, stop in window], expr.dtype.carrier())
         _fill(block, pieces, window)
@@ -71,7 +77,7 @@ def _windows(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int,
     row = math.prod(shape[axis + 1 :]) * itemsize
     step = max(1, BLOCK // row)
     rest = tuple((0, n) for n in shape[axis + 1 :])
-    for outer in np.ndindex(*shape[:axis]):
+    for outer in itertools.product(*map(range, shape[:axis])):
         for start in range(0, shape[axis], step):
             yield (*((i, i + 1) for i in outer), (start, min(start + step, shape[axis])), *rest)
 
@@ -95,10 +101,13 @@ def copy_tiled(target: Bits, source: Bits) -> None:
 
     The target's fast axis is its last. Numpy walks one of the two arrays in strides; within a tile both stay in cache.
     """
+    if source.nbytes < 1 << 15:
+        np.copyto(target, source)
+        return
     axes = [axis for axis, n in enumerate(source.shape) if n > 1 and source.strides[axis]]
     fast = min(axes, key=lambda axis: abs(source.strides[axis]), default=-1)
     last = max(axes, default=-1)
-    if fast == last or source.nbytes < 1 << 15:
+    if fast == last:
         np.copyto(target, source)
         return
     rows, columns = _TILE

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 from .axes import Kernel, Read, computes
 from .errors import InputError
 from .plan import Plan
-from .tasks import Piece, Task, cut, ordered, refuse_packed, rows, shared
+from .tasks import Piece, Task, cut, ordered, refuse_packed, rows
 from .tensors import Extent, Sink, Source
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class _Work:
             self.stop.set()
 
     def _task(self, task: Task) -> None:
-        uses = Counter(name for piece in task.pieces for name in shared(piece))
+        uses = Counter(name for piece in task.pieces for name in piece.needs)
         cache: dict[str, Bits] = {}
 
         def fetch(name: str) -> Bits:

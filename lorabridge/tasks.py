@@ -18,17 +18,17 @@ from .tensors import Extent, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of one output: where its buffer begins in the output's, and either file ranges or an expression."""
+    """A part of one output, ``nbytes`` long from ``offset`` in its buffer: file ranges or an expression.
+
+    ``needs``: the source tensors that must be whole in memory, as often as the expression asks for them.
+    """
 
     output: str
     offset: int
+    nbytes: int
     expr: Expr
     extents: tuple[Extent, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of this part."""
-        return _nbytes(self.expr)
+    needs: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def cut(plan: Plan, extents: Mapping[str, tuple[Extent, ...]], *, whole: bool) -
     groups: dict[tuple[str, str], list[Piece]] = {}
     keys = []
     for number, piece in enumerate(pieces):
-        needed = [("source", name) for name in dict.fromkeys(shared(piece))]
+        needed = [("source", name) for name in dict.fromkeys(piece.needs)]
         mine = [("output", piece.output)] * whole + needed or [("piece", str(number))]
         for key in mine[1:]:
             parent[root(key)] = root(mine[0])
@@ -102,7 +102,8 @@ def _split(
     copied: tuple[Extent, ...] = ()
     if all(extents[source] for source, _, _ in ranges):
         copied = _clip(ranges, sources, extents)
-    yield Piece(name, offset, expr, copied)
+    needs = () if copied or rows(expr) else tuple(_leaves(expr))
+    yield Piece(name, offset, _nbytes(expr), expr, copied, needs)
 
 
 def _clip(
@@ -143,12 +144,6 @@ def _leaves(expr: Expr) -> Iterator[str]:
         yield from _leaves(child)
 
 
-def shared(piece: Piece) -> Iterator[str]:
-    """Name the source tensors that a piece needs whole in memory, as often as it asks for them."""
-    if not piece.extents and rows(piece.expr) is None:
-        yield from _leaves(piece.expr)
-
-
 def _made(expr: Expr, top: bool = True) -> int:
     """Bound the bytes that evaluation makes besides its sources: kernels' results, inner joins and reshapes."""
     top = top and isinstance(expr, Join)
@@ -157,7 +152,7 @@ def _made(expr: Expr, top: bool = True) -> int:
 
 
 def _held(pieces: Sequence[Piece], sources: Mapping[str, TensorSpec]) -> int:
-    tensors = sum(sources[name].nbytes for name in {name for piece in pieces for name in shared(piece)})
+    tensors = sum(sources[name].nbytes for name in {name for piece in pieces for name in piece.needs})
     alone = max((piece.nbytes for piece in pieces if not piece.extents and rows(piece.expr)), default=0)
     return tensors + alone + max((_made(piece.expr) for piece in pieces if not piece.extents), default=0)
 
