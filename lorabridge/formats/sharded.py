@@ -7,6 +7,7 @@ serialization/_base.py for how tensors are split), the same layout beside ``.ckp
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -225,6 +226,8 @@ def _placement_problem(directory: Path, name: str) -> str:
     except FileNotFoundError:
         return "missing"
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a symbolic link in a loop"
         raise refused_by_system(error, path) from error
     return ""
 

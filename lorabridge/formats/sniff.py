@@ -197,7 +197,7 @@ def _mindspore(head: bytes) -> str | None:
     if inner in (b"\x12", b"\x1a"):
         return "mindspore"
     tag = _varint(head, at + 1) if inner == b"\x0a" else None
-    if tag is None or tag[0] > value[0]:
+    if tag is None or tag[1] - at + tag[0] + 2 > value[0]:
         return None
     return _mindspore_tensor(head, tag[0] + tag[1])
 
