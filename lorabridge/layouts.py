@@ -1,158 +1,46 @@
-"""Repository layouts: which files make up one input, and where one output goes."""
+"""Row layouts of fused projections: how the rows of q, k and v lie in one weight."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Sequence
 
-from . import formats, manifest
-from .dialects.adapter import Content, Facts, Json
-from .errors import InputError
-from .tensors import Source
-
-ADAPTER_CONFIG = "adapter_config.json"
-MODEL_CONFIG = "config.json"
-ADAPTER_STEM = "adapter_model"
-MAX_CONFIG_BYTES = 16 << 20
-Framework = Literal["torch", "mindspore"]
+from .axes import Expr, ShapeError, cut, join, reshape
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
-    """One checkpoint with what lies beside it.
+def split_rows(x: Expr, sizes: Sequence[int], *, groups: int = 1, axis: int = 0) -> tuple[Expr, ...]:
+    """Take a fused axis apart into parts of the given sizes.
 
-    ``adapter_config`` and ``model_config`` are JSON objects read as data; ``config_from`` names the file or manifest
-    the adapter config came from; ``stated``: facts from a sidecar written by hand; ``companions``: files of the directory that a conversion does not carry.
+    ``groups`` 1: the parts lie one after another. ``groups`` g: the axis holds g blocks, each with 1/g of every part,
+    as Megatron-LM stores ``linear_qkv`` (``[q..q k v]`` per key/value head), GPT-NeoX and BLOOM ``query_key_value``
+    (g = heads), and an interleaved gate/up projection (g = the part's size). Any dtype, any rank; the sizes are the
+    fused axis' length together, each a multiple of g (ShapeError).
     """
-
-    path: Path
-    source: Source
-    adapter_config: Json | None
-    model_config: Json | None
-    config_from: str
-    manifest: manifest.Manifest | None
-    stated: Facts
-    companions: tuple[Path, ...]
-
-    def content(self, facts: Facts = Facts()) -> Content:
-        """Return what dialects read; the container's name is added to the metadata as "container"."""
-        metadata = {k: v for k, v in self.source.metadata.items() if k != manifest.METADATA_KEY}
-        metadata["container"] = self.source.format
-        return Content(self.source.specs, metadata, self.adapter_config, facts, str(self.path))
+    _check(sizes, groups)
+    if sum(sizes) != x.shape[axis]:
+        raise ShapeError(f"parts {tuple(sizes)} have {sum(sizes)} rows, axis {axis} of {x.shape} has {x.shape[axis]}")
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    blocks = x if groups == 1 else reshape(x, (*before, groups, sum(sizes) // groups, *after))
+    out, at = [], 0
+    for size in sizes:
+        rows = size // groups
+        piece = cut(blocks, axis if groups == 1 else axis + 1, at, at + rows)
+        out.append(reshape(piece, (*before, size, *after)))
+        at += rows
+    return tuple(out)
 
 
-def open_input(path: Path, *, config: Path | None = None) -> Input:
-    """Open a file or a directory; headers, configs and the manifest only.
-
-    ``config`` names an adapter_config.json or a model's config.json, told apart by their fields, and outranks what is
-    found. Without it an adapter config is looked for in the directory or beside the file, then in the manifest.
-    Raises InputError for anything malformed, with the file.
-    """
-    path = Path(path)
-    source = formats.open_source(weights_path(path))
-    try:
-        found, stated = manifest.find(path, source.metadata)
-        folder = path if path.is_dir() else path.parent
-        adapter_config, config_from = _beside(folder / ADAPTER_CONFIG)
-        model_config, _ = _beside(folder / MODEL_CONFIG)
-        if found is not None and adapter_config is None:
-            adapter_config, config_from = found.target.config, "the manifest"
-        if found is not None and model_config is None:
-            model_config = found.model_config
-        if config is not None:
-            given = read_json(config)
-            if "peft_type" in given:
-                adapter_config, config_from = given, str(config)
-            else:
-                model_config = given
-        known = {ADAPTER_CONFIG, MODEL_CONFIG, "lorabridge.json", *_own_files(source)}
-        extra = tuple(sorted(p for p in folder.iterdir() if p.name not in known)) if path.is_dir() else ()
-        return Input(path, source, adapter_config, model_config, config_from, found, stated, extra)
-    except BaseException:
-        source.close()
-        raise
+def fuse_rows(parts: Sequence[Expr], *, groups: int = 1, axis: int = 0) -> Expr:
+    """Join parts into a fused axis; the inverse of :func:`split_rows`, to the same expression."""
+    sizes = [part.shape[axis] for part in parts]
+    _check(sizes, groups)
+    if groups == 1:
+        return join(parts, axis)
+    before, after = parts[0].shape[:axis], parts[0].shape[axis + 1 :]
+    blocks = [reshape(part, (*before, groups, size // groups, *after)) for part, size in zip(parts, sizes, strict=True)]
+    return reshape(join(blocks, axis + 1), (*before, sum(sizes), *after))
 
 
-def weights_path(path: Path) -> Path:
-    """Return the file that holds an input's tensors: the adapter's weights inside a peft directory, else ``path``."""
-    if not path.is_dir():
-        return path
-    held = [p for p in sorted(path.glob(f"{ADAPTER_STEM}.*")) if p.is_file() and not p.name.endswith(".json")]
-    if len(held) > 1:
-        raise InputError(
-            "the directory holds several adapter files", where=[str(p) for p in held], hint="name the file you mean"
-        )
-    return held[0] if held else path
-
-
-def _own_files(source: Source) -> set[str]:
-    files = {source.path.name}
-    for name in source.specs:
-        files.update(extent.path.name for extent in source.extents(name))
-    return files
-
-
-def _beside(path: Path) -> tuple[Json | None, str]:
-    return (read_json(path), str(path)) if path.is_file() else (None, "")
-
-
-def read_json(path: Path) -> Json:
-    """Read a JSON object as data; duplicate keys, NaN and anything but an object are refused."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            raise ValueError("a key stands twice")
-        return out
-
-    def constant(text: str) -> object:
-        raise ValueError(f"{text} is not JSON")
-
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError(f"over {MAX_CONFIG_BYTES >> 20} MiB")
-        raw = json.loads(path.read_text("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except OSError as error:
-        raise InputError(f"cannot read the config: {error.strerror}", where=str(path), hint="check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"config is not valid JSON: {error}", where=str(path), hint="repair the file") from error
-    if not isinstance(raw, Mapping):
-        raise InputError("config is not a JSON object", where=str(path), hint="give the config file itself")
-    return raw
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """Where a conversion writes: one container file, in a directory of its own or as it stands."""
-
-    target: Path
-    directory: bool
-    file: str
-    format: str
-
-
-def plan_output(target: Path, *, framework: Framework, adapter: bool) -> Output:
-    """Decide container and file name from the target's path.
-
-    A path with a container's suffix is a file; one without a suffix, an existing directory or a path that ends in a
-    slash is a directory, which gets safetensors for PyTorch and .ckpt for MindSpore. Raises UsageError for an unknown suffix.
-    """
-    path = Path(target)
-    text = str(target)
-    if path.is_dir() or text.endswith("/") or not path.suffix:
-        stem = ADAPTER_STEM if adapter else "model"
-        suffix, format_name = (".safetensors", "safetensors") if framework == "torch" else (".ckpt", "mindspore")
-        return Output(path, True, stem + suffix, format_name)
-    return Output(path, False, path.name, formats.format_for(path))
-
-
-def framework_of(target: Path) -> Framework | None:
-    """Return the framework that a target's suffix decides; None where both use the container."""
-    if not Path(target).suffix or Path(target).is_dir():
-        return None
-    name = formats.format_for(Path(target))
-    known: dict[str, Framework] = {"torch": "torch", "mindspore": "mindspore"}
-    return known.get(name)
+def _check(sizes: Sequence[int], groups: int) -> None:
+    odd = [size for size in sizes if groups < 1 or size % groups]
+    if odd:
+        raise ShapeError(f"{odd[0]} rows do not divide into {groups} groups")
