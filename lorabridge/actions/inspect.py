@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from .. import dialects, formats
+from .. import dialects, formats, tables
 from ..axes import Expr, ShapeError, reads
 from ..dialects.adapter import Adapter, Content, Dialect, Extra, Fact, Facts, LoraModule
 from ..errors import InputError, LorabridgeError
 from ..forward import dialect_named
-from ..layouts import Input, open_input, weights_path
+from ..repository import Input, open_input, weights_path
 from ..tensors import TensorSpec
 from .inspect_pairs import loose_pairs
 from .inspect_report import InspectedModule, InspectReport, Pair, Problem, TensorRow
@@ -50,8 +50,23 @@ def inspect(
 
 
 def family_candidates(given: Input, origin: Dialect, *, mappings: Path | None = None) -> list[str]:
-    """Return the family tables that fit a checkpoint's names, those named by its config first."""
-    raise NotImplementedError
+    """Return the family tables that know every name of a checkpoint, those for its config's model_type first.
+
+    A checkpoint that cannot be parsed as ``origin`` has none. An InputError names a malformed table in ``mappings``.
+    """
+    facts = given.stated.then(given.manifest.facts) if given.manifest is not None else given.stated
+    adapter = _parse(origin, given.content(facts), [])
+    return _families(given, origin, adapter, mappings)
+
+
+def _families(given: Input, origin: Dialect, adapter: Adapter | None, mappings: Path | None) -> list[str]:
+    if adapter is None:
+        return []
+    known = tables.load_tables(mappings)
+    names = [*(module.path for module in adapter.modules), *(extra.name for extra in adapter.extras)]
+    fitting = tables.detect_family(known, names, "hf" if origin.framework == "torch" else "ms")
+    model_type = (given.model_config or {}).get("model_type")
+    return sorted(fitting, key=lambda family: model_type not in known[family].model_types)
 
 
 def _open(path: Path, config: Path | None, problems: list[Problem]) -> Input:
@@ -104,7 +119,7 @@ def _inspect(
         dialect=name or (origin.name if contents == "model" else None),
         why=why or ("no adapter's names" if contents == "model" else ""),
         candidates=found,
-        families=tuple(family_candidates(given, origin, mappings=mappings)),
+        families=tuple(_families(given, origin, adapter, mappings)),
         config_from=given.config_from,
         origin=f"{kept.source.file} ({kept.source.dialect}, {kept.source.format})" if kept else "",
         nbytes=sum(spec.nbytes for spec in content.specs.values()),

@@ -10,14 +10,15 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from ..axes import Expr, evaluate, read
-from ..dtypes import DType
 from ..errors import UsageError
-from ..tensors import Bits, Source, TensorSpec
+from ..tensors import Source, TensorSpec
 from .inspect_report import FactorRow, InspectedModule, NormRow, Problem, TensorRow
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from ..tensors import Bits
 
     Floats = npt.NDArray[np.float64]
 
@@ -95,41 +96,40 @@ def _nbytes(expr: Expr) -> int:
 
 
 def _floats(source: Source, expr: Expr) -> Floats:
+    """Evaluate a factor in double precision; types without arithmetic give NaN."""
+    import numpy as np
+
     from .. import numerics
 
     def bits(name: str) -> Bits:
         return source.read(name)
 
-    return _values(evaluate(expr, bits, numerics.kernels("inspect", numerics.Notes(), {})), expr.dtype)
-
-
-def _values(bits: Bits, dtype: DType) -> Floats:
-    """View bits as numbers, in double precision; types without arithmetic give NaN."""
-    import ml_dtypes
-    import numpy as np
-
-    if dtype.numpy is None or dtype.kind not in ("float", "int", "uint", "bool"):
-        return np.full(bits.shape, np.nan)
-    kind = np.dtype(getattr(ml_dtypes, dtype.numpy, None) or dtype.numpy)
-    return np.ascontiguousarray(bits).view(kind).reshape(bits.shape).astype(np.float64)
+    found = evaluate(expr, bits, numerics.kernels("inspect", numerics.Notes(), {}))
+    try:
+        return numerics.values(np.ascontiguousarray(found), expr.dtype).reshape(expr.shape)
+    except ValueError:
+        return np.full(expr.shape, np.nan)
 
 
 def _norms(values: Sequence[tuple[Floats, Floats]], chosen: Selected, scaling: float | None) -> NormRow | None:
+    """Measure the pairs of one module together; the deltas of its pairs lie on disjoint rows."""
+    from .. import lowrank
+
     if not values:
         return None
-    a = math.sqrt(sum(_square(a) for a, _ in values))
-    b = math.sqrt(sum(_square(b) for _, b in values))
+    measured = [_norm(a) for a, _ in values], [_norm(b) for _, b in values]
     nonfinite = sum(_nonfinite(x) for pair in values for x in pair)
-    deltas = [_delta_square(x, y) for v in values for x, y in _blocks(*v, chosen)]
-    fits = scaling is not None and None not in deltas
-    delta = abs(scaling) * math.sqrt(sum(d for d in deltas if d is not None)) if fits and scaling is not None else None
-    return NormRow(a, b, delta, nonfinite)
+    blocks = [block for pair in values for block in _blocks(*pair, chosen)]
+    delta = None
+    if scaling is not None and all(b.shape[1] == a.shape[0] for a, b in blocks):
+        delta = math.hypot(*(lowrank.norms(a, b, scaling).delta for a, b in blocks))
+    return NormRow(math.hypot(*measured[0]), math.hypot(*measured[1]), delta, nonfinite)
 
 
-def _square(x: Floats) -> float:
+def _norm(x: Floats) -> float:
     import numpy as np
 
-    return float(np.vdot(x, x))
+    return float(np.linalg.norm(x.ravel()))
 
 
 def _nonfinite(x: Floats) -> int:
@@ -152,19 +152,6 @@ def _blocks(a: Floats, b: Floats, chosen: Selected) -> Iterator[tuple[Floats, Fl
     rows, rank = b.shape[0] // groups, b.shape[1]
     for g in range(groups):
         yield a[g * rank : (g + 1) * rank], b[g * rows : (g + 1) * rows]
-
-
-def _delta_square(a: Floats, b: Floats) -> float | None:
-    """Return ||B A||_F^2 from the triangular factors of thin QR; None where shapes do not multiply or for NaN."""
-    import numpy as np
-
-    if b.shape[1] != a.shape[0] or _nonfinite(a) or _nonfinite(b):
-        return None
-    if not a.size or not b.size:
-        return 0.0
-    left = np.asarray(np.linalg.qr(b, mode="r"))
-    right = np.asarray(np.linalg.qr(a.T, mode="r"))
-    return _square(left @ right.T)
 
 
 def _factor_rows(module: InspectedModule, values: Sequence[tuple[Floats, Floats]]) -> list[FactorRow]:
@@ -192,7 +179,7 @@ def _factor_row(module: str, factor: str, row: TensorRow, x: Floats) -> FactorRo
         maximum=float(some.max()),
         mean=float(some.mean()),
         std=float(some.std()),
-        norm=math.sqrt(_square(finite)),
+        norm=_norm(finite),
         zeros=int(np.count_nonzero(x == 0)),
         nonfinite=_nonfinite(x),
         leading=tuple(tuple(float(v) for v in line[: LEADING[1]]) for line in lines[: LEADING[0]]),

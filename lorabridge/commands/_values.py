@@ -14,7 +14,8 @@ from ._group import did_you_mean
 if TYPE_CHECKING:
     from ..dialects.adapter import Fact, Facts, Value
 
-    Bytes, Text = click.ParamType[int], click.ParamType[str]
+    Bytes = click.ParamType[int]
+    Text = click.ParamType[str]
 else:
     Bytes = Text = click.ParamType  # generic from click 8.4 on only
 
@@ -63,10 +64,11 @@ class Name(Text):
 
 
 def dialects() -> list[str]:
-    """Return the names of the adapter dialects."""
+    """Return the names of the adapter dialects, and of the two for whole models."""
     from ..dialects import DIALECTS
+    from ..dialects.model import HF, MS
 
-    return [dialect.name for dialect in DIALECTS]
+    return [*(dialect.name for dialect in DIALECTS), HF.name, MS.name]
 
 
 def families() -> list[str]:
