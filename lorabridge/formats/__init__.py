@@ -93,7 +93,8 @@ def make_sink(
 
     ``max_shard_size``: bytes of tensors per file; above it shards and ``<filename>.index.json`` are written.
     ``flavour``: whose safetensors, Hugging Face's or MindSpore's. ``crc``: append MindSpore's checksum to a ``.ckpt``.
-    UsageError for options that the container does not have.
+    UsageError for options that the container does not have. ``shardsink.main_file`` names the file that stands for
+    the whole.
     """
     if crc and format != "mindspore":
         raise UsageError(f"{format} files have no checksum trailer", where=shown(filename), hint="drop --crc")
@@ -101,7 +102,7 @@ def make_sink(
     options = known.get(format, {})
     if max_shard_size is None:
         return container(format).make_sink(create, filename, **options)
-    from .sharded import ShardedSink
+    from .shardsink import ShardedSink
 
     return ShardedSink(container(format), create, filename, max_shard_size=max_shard_size, options=options)
 

@@ -1,14 +1,12 @@
-"""Sharded sets over any container: an index file that maps tensor names to files beside it.
+"""Read sharded sets over any container: an index file that maps tensor names to files beside it.
 
-Formats: Hugging Face's ``*.index.json`` (transformers 5, modeling_utils.save_pretrained; huggingface_hub 2,
-serialization/_base.py for how tensors are split), the same layout beside ``.ckpt`` shards, and MindSpore's
-``param_name_map.json`` (mindspore 2.10, parallel/transform_safetensors.py).
+Formats: Hugging Face's ``*.index.json`` (transformers 5, modeling_utils.save_pretrained), the same layout beside
+``.ckpt`` shards, and MindSpore's ``param_name_map.json`` (mindspore 2.10, parallel/transform_safetensors.py).
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import stat
@@ -19,14 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, cast
 
-from ..errors import InputError, UsageError
-from ..tensors import Extent, Sink, Source, TensorSpec
-from . import FORMATS, Container, container
+from ..errors import InputError
+from ..tensors import Extent, Source, TensorSpec
+from . import FORMATS, container
 from .sniff import identify
 from .untrusted import MAX_HEADER, MAX_TENSORS, open_regular, parse_json, pread_into, refused_by_system, shown
 
 if TYPE_CHECKING:
-    from ..fsio import OutFile
     from ..tensors import Bits
 
 MAX_OPEN = 64
@@ -208,7 +205,8 @@ def _shard_paths(index: Path, names: Sequence[str]) -> dict[str, Path]:
         if problem:
             issues.append(f"{shown(str(index.parent / name))}: {problem}")
     if issues:
-        raise InputError("shards of the index are missing or unsafe", where=issues, hint=_INDEX_HINT)
+        hint = "put every shard beside the index as a regular file"
+        raise InputError("shards of the index are missing or unsafe", where=issues, hint=hint)
     return {name: index.parent / name for name in names}
 
 
@@ -271,131 +269,3 @@ def _joined(parts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
 
 def _bad(path: Path, problem: str) -> InputError:
     return InputError("the index of shards is malformed", where=f"{shown(str(path))}: {problem}", hint=_INDEX_HINT)
-
-
-def split(specs: Sequence[TensorSpec], max_shard_size: int) -> list[list[TensorSpec]]:
-    """Cut tensors into shards of at most ``max_shard_size`` bytes, in order; a larger tensor gets one to itself.
-
-    The cut is huggingface_hub's (``split_state_dict_into_shards_factory``), so that the same model gives the same set.
-    """
-    shards: list[list[TensorSpec]] = []
-    current: list[TensorSpec] = []
-    size = 0
-    for spec in specs:
-        if spec.nbytes > max_shard_size:
-            shards.append([spec])
-            continue
-        if size + spec.nbytes > max_shard_size:
-            shards.append(current)
-            current, size = [], 0
-        current.append(spec)
-        size += spec.nbytes
-    return [*shards, current] if current or not shards else shards
-
-
-class _Nowhere:
-    """Take the place of an output file while a layout is only being checked."""
-
-    def allocate(self, size: int) -> None: ...
-
-    def write(self, offset: int, data: object) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class ShardedSink:
-    """Write shards named ``model-00001-of-00005.safetensors`` and their index; a plain file where one is enough.
-
-    Every shard's layout is checked at the start; its file is created with its first byte and closed with its last.
-    Metadata goes to the first shard whole, to the others only as far as ``format``.
-    """
-
-    def __init__(
-        self,
-        module: Container,
-        create: Callable[[str], OutFile],
-        filename: str,
-        *,
-        max_shard_size: int,
-        options: Mapping[str, object] | None = None,
-    ) -> None:
-        if max_shard_size <= 0:
-            raise UsageError(f"shards of {max_shard_size} bytes are too small", hint="give a positive size")
-        self._module = module
-        self._create = create
-        self._filename = filename
-        self._max_shard_size = max_shard_size
-        self._options = dict(options or {})
-        self._parts: list[_Part] = []
-        self._homes: dict[str, _Part] = {}
-        self._lock = threading.Lock()
-
-    def begin(self, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
-        """Cut the set and check every shard's layout; a MappingError names a tensor that cannot be held."""
-        cut = split(specs, self._max_shard_size)
-        stem, suffix = os.path.splitext(self._filename)
-        for number, part in enumerate(cut, 1):
-            filename = f"{stem}-{number:05d}-of-{len(cut):05d}{suffix}" if len(cut) > 1 else self._filename
-            pairs = dict(metadata) if number == 1 else {k: v for k, v in metadata.items() if k == "format"}
-            check = self._module.make_sink(lambda _: cast("OutFile", _Nowhere()), filename, **self._options)
-            check.begin(part, pairs)
-            self._parts.append(_Part(filename, part, pairs))
-        self._homes = {spec.name: part for part in self._parts for spec in part.specs}
-
-    def write(self, name: str, offset: int, block: Bits) -> None:
-        """Write a block to the shard of the tensor."""
-        part = self._homes[name]
-        self._begun(part).write(name, offset, block)
-        self._count(part, block.nbytes)
-
-    def copy(self, name: str, offset: int, extent: Extent) -> None:
-        """Copy a file range to the shard of the tensor."""
-        part = self._homes[name]
-        self._begun(part).copy(name, offset, extent)
-        self._count(part, extent.length)
-
-    def finish(self) -> None:
-        """Finish the shards that are still open, then write the index."""
-        for part in self._parts:
-            if not part.finished:
-                self._begun(part).finish()
-                part.finished = True
-        if len(self._parts) < 2:
-            return
-        homes = {name: part.filename for name, part in self._homes.items()}
-        total = sum(spec.nbytes for part in self._parts for spec in part.specs)
-        index = {"metadata": {"total_size": total}, "weight_map": homes}
-        data = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-        out = self._create(f"{self._filename}.index.json")
-        out.allocate(len(data))
-        out.write(0, data)
-        out.close()
-
-    def _begun(self, part: _Part) -> Sink:
-        with self._lock:
-            if part.sink is None:
-                sink = self._module.make_sink(self._create, part.filename, **self._options)
-                sink.begin(part.specs, part.metadata)
-                part.sink = sink
-            return part.sink
-
-    def _count(self, part: _Part, length: int) -> None:
-        """Finish a shard with its last byte, so that few files are open at a time."""
-        with self._lock:
-            part.missing -= length
-            done = length > 0 and part.missing == 0 and not part.finished
-            part.finished = part.finished or done
-        if done and part.sink is not None:
-            part.sink.finish()
-
-
-class _Part:
-    """One shard that is being written."""
-
-    def __init__(self, filename: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
-        self.filename = filename
-        self.specs = specs
-        self.metadata = metadata
-        self.missing = sum(spec.nbytes for spec in specs)
-        self.sink: Sink | None = None
-        self.finished = False

@@ -56,7 +56,7 @@ def open_regular(path: Path) -> io.FileIO:
     try:
         mode = os.stat(path).st_mode  # before opening: a device may act on being opened
         if stat.S_ISREG(mode):
-            file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb")
+            file = io.FileIO(path, "rb", opener=_opened)
             mode = os.fstat(file.fileno()).st_mode
             if stat.S_ISREG(mode):
                 return file
@@ -72,11 +72,21 @@ def open_regular(path: Path) -> io.FileIO:
     )
 
 
+def _opened(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)  # should it have become a pipe or a terminal
+
+
 def pread_into(file: io.FileIO, view: memoryview, offset: int) -> int:
-    """Fill a byte buffer from a file offset and return how many bytes were there."""
+    """Fill a byte buffer from a file offset and return how many bytes were there.
+
+    Raises StorageError when the system refuses, ValueError when the file is closed.
+    """
     done = 0
     while done < len(view):
-        count = os.preadv(file.fileno(), [view[done:]], offset + done)
+        try:
+            count = os.preadv(file.fileno(), [view[done:]], offset + done)
+        except OSError as error:
+            raise refused_by_system(error, Path(os.fsdecode(file.name))) from error
         if count == 0:
             break
         done += count

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from lorabridge.dtypes import BY_NAME
 from lorabridge.errors import InputError, LorabridgeError, MappingError, UsageError
 from lorabridge.formats import FORMATS, make_sink, open_source
-from lorabridge.formats.sharded import MAX_OPEN, open_index, split
+from lorabridge.formats.sharded import MAX_OPEN, open_index
+from lorabridge.formats.shardsink import main_file, split
 from lorabridge.fsio import Staging
 from lorabridge.tensors import Source, TensorSpec
 
@@ -71,7 +72,7 @@ def check(source: Source, state: dict[str, np.ndarray]) -> None:
 def test_shards_of_every_container_round_trip(format: str, tmp_path: Path) -> None:
     state = {name: value for name, value in STATE.items() if value.size or format != "mindspore"}
     path = write(tmp_path, format, size=100, state=state)
-    assert path.name.endswith(".index.json")
+    assert path.name == main_file(specs(state), FILES[format], 100) == f"{FILES[format]}.index.json"
     source = open_source(path)
     assert source.format == format
     assert source.path == path
@@ -90,6 +91,7 @@ def test_one_shard_is_a_plain_file_without_index(format: str, tmp_path: Path) ->
     state = {name: value for name, value in STATE.items() if value.size or format != "mindspore"}
     path = write(tmp_path, format, size=10**6, state=state)
     assert [p.name for p in tmp_path.iterdir()] == [FILES[format]]
+    assert main_file(specs(state), FILES[format], 10**6) == main_file(specs(state), FILES[format], None) == path.name
     check(open_source(path), state)
     plain = tmp_path / "plain"
     plain.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -11,14 +12,17 @@ import socket
 import tarfile
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from lorabridge.errors import InputError, LorabridgeError, UsageError
+from lorabridge.errors import InputError, LorabridgeError, StorageError, UsageError
 from lorabridge.formats import FORMATS, container, format_for, identify, make_sink, open_source
 from lorabridge.formats.sniff import KINDS
 
@@ -163,6 +167,30 @@ def test_truncating_any_kind_never_raises_anything_but_our_errors(tmp_path: Path
             assert identify(path).name in KINDS
 
 
+STARTS = [
+    b"",
+    b"PK\3\4",
+    b"PK\5\6",
+    b"\x0a",
+    b"\x0a\x22\x0a\1w",
+    b"\x08\2\x12",
+    b"\x80\2",
+    b'{"weight_map"',
+    b"\2" + bytes(7) + b"{}",
+    b"GGUF",
+]
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(start=st.sampled_from(STARTS), rest=st.binary(max_size=60))
+def test_any_bytes_are_identified_and_opened_or_refused(start: bytes, rest: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(start + rest)
+    assert identify(path).name in KINDS
+    with suppress(InputError):
+        open_source(path).close()
+
+
 def test_a_truncated_torch_file_is_still_called_one(tmp_path: Path) -> None:
     write_torch(tmp_path / "x")
     (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-200])
@@ -202,6 +230,19 @@ def test_what_is_not_there_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(LorabridgeError) as caught:
         identify(tmp_path / "loop")
     assert caught.value.exit_code == 6
+
+
+def test_a_failing_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    write_safetensors(tmp_path / "w")
+    source = open_source(tmp_path / "w")
+    monkeypatch.setattr(os, "preadv", broken)
+    for action in (lambda: source.read("w"), lambda: identify(tmp_path / "w")):
+        with pytest.raises(StorageError, match="input/output error") as caught:
+            action()
+        assert caught.value.where == (str(tmp_path / "w"),)
 
 
 def test_every_refused_kind_has_a_cure() -> None:

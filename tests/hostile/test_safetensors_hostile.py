@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import safetensors
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lorabridge.errors import InputError
 from lorabridge.formats.safetensors import open_file
@@ -225,6 +227,32 @@ def test_a_header_of_more_tensors_than_allowed_is_refused(tmp_path: Path, monkey
     (tmp_path / "w").write_bytes(encode({f"t{i}": entry(i, i + 1) for i in range(60)}, bytes(60)))
     with pytest.raises(InputError, match="more than 50"):
         open_file(tmp_path / "w")
+
+
+NUMBERS = st.integers(0, 9) | st.sampled_from([-1, 2**31, 2**32, 2**62, 2**63, 2**64, 1.0, True, None, "1"])
+LIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["U8", "F32", "F4", "BOOL", "F6_E2M3", "C64", "u8", ""]),
+        "shape": st.lists(NUMBERS, max_size=3),
+        "data_offsets": st.lists(NUMBERS, min_size=1, max_size=3),
+    }
+)
+TRUTHS = st.integers(0, 4).map(lambda length: entry(0, length))
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    header=st.dictionaries(st.sampled_from(["a", "b", "", "__metadata__"]), LIES | TRUTHS, max_size=3),
+    size=st.integers(0, 9),
+)
+def test_nothing_is_accepted_that_the_library_reads_differently(header: object, size: int, tmp_path: Path) -> None:
+    data = encode(header, bytes(range(size)))
+    (tmp_path / "w").write_bytes(data)
+    try:
+        found = content(tmp_path / "w")
+    except InputError:
+        return
+    assert found == judge(data)
 
 
 @pytest.mark.slow
