@@ -1,7 +1,8 @@
 """Linear algebra of low-rank products: norms and compression of ``b @ a`` without ever forming it.
 
-All matrices are float64: ``a`` ``[r, n]``, ``b`` ``[m, r]``. With thin QR factorizations ``b = Qb Rb`` and ``a.T = Qa Ra`` the
-delta is ``Qb (Rb Ra.T) Qa.T``, so its singular values are those of the small core (Golub and Van Loan, 5.2 and 8.6).
+All matrices are float64: ``a`` ``[r, n]``, ``b`` ``[m, r]``. With thin QR factorizations ``b = Qb Rb`` and
+``a.T = Qa Ra`` the delta is ``Qb (Rb Ra.T) Qa.T``, so its singular values are those of the small core (Golub and
+Van Loan, 5.2 and 8.6).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Matrix = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """Norms of one module: Frobenius norms of ``a``, ``b`` and ``scaling * b @ a``, and the delta's largest singular value."""
+    """Frobenius norms of ``a``, ``b`` and the delta ``scaling * b @ a``, and the delta's largest singular value."""
 
     a: float
     b: float
@@ -36,8 +37,9 @@ def singular_values(a: Matrix, b: Matrix) -> Matrix:
     """Return the singular values of ``b @ a``, largest first, at most r of them; NaN where values are not finite."""
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return np.full(a.shape[0], math.nan)
-    core = np.linalg.qr(b, mode="r") @ np.linalg.qr(a.T, mode="r").T
-    found: Matrix = np.linalg.svd(core, compute_uv=False)
+    _, rb = np.linalg.qr(b)
+    _, ra = np.linalg.qr(a.T)
+    found: Matrix = np.linalg.svd(rb @ ra.T, compute_uv=False)
     return found
 
 
@@ -53,9 +55,9 @@ def rank_for(a: Matrix, b: Matrix, tolerance: float) -> tuple[int, float]:
     total = _frobenius(values)
     if total == 0.0:
         return 1, 0.0
-    noise = total * np.finfo(np.float64).eps * max(a.shape[1], b.shape[0])
+    noise = total * float(np.finfo(np.float64).eps) * max(a.shape[1], b.shape[0])
     tails = [_frobenius(values[rank:]) for rank in range(len(values) + 1)]
-    allowed = max(tolerance * total, noise)
+    allowed: float = max(tolerance * total, noise)
     rank = next(rank for rank, tail in enumerate(tails) if rank and tail <= allowed)
     return rank, tails[rank] / total
 
