@@ -167,7 +167,7 @@ class InspectReport:
         for m in self.modules:
             for i, pair in enumerate(m.pairs):
                 notes = [*m.features, *([f"rows {pair.start}:{pair.stop}"] if len(m.pairs) > 1 else [])]
-                row = [m.path if i == 0 else "", m.kind, report.number(m.rank), report.number(m.alpha),
+                row = [m.path, m.kind, report.number(m.rank), report.number(m.alpha),
                        report.number(m.scaling), report.shape(pair.a.shape), report.shape(pair.b.shape),
                        pair.a.dtype if pair.a.dtype == pair.b.dtype else f"{pair.a.dtype}/{pair.b.dtype}",
                        ", ".join(notes)]  # fmt: skip

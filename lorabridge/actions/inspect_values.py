@@ -82,13 +82,20 @@ def _chosen(modules: Sequence[InspectedModule], pattern: str | None) -> set[int]
     paths = [module.path for module in modules]
     chosen = {i for i, path in enumerate(paths) if path == pattern or fnmatchcase(path, pattern)}
     if not chosen:
-        near = difflib.get_close_matches(pattern, paths, cutoff=0.3)
+        near = _nearest(pattern, paths)
         raise UsageError(
             f"no module is called {pattern!r}",
             where=near,
             hint="give a path or a glob such as '*.query'; inspect without --module lists the paths",
         )
     return chosen
+
+
+def _nearest(word: str, paths: Sequence[str]) -> list[str]:
+    """Return paths whose last components, as many as ``word`` has, are spelled much like it."""
+    parts = word.count(".") + 1
+    endings = {".".join(path.split(".")[-parts:]): path for path in reversed(paths)}
+    return [endings[ending] for ending in difflib.get_close_matches(word, endings)]
 
 
 def _nbytes(expr: Expr) -> int:
