@@ -275,7 +275,8 @@ def _map_extras(work: _Work, extras: Sequence[Extra]) -> tuple[list[Extra], list
             work.unmapped(extra.name)
         elif isinstance(found[0], Slot):
             slot, bindings = found[0], found[1]
-            _extra_fits(work, slot, extra, bindings)
+            if not _extra_fits(work, slot, extra, bindings):
+                continue
             key = (id(slot.rule), tuple(bindings.items()), slot.field, extra.kind)
             gathered.setdefault(key, {})[slot.part] = slot, extra
         elif isinstance(found[0], Buffer):
@@ -292,15 +293,17 @@ def _map_extras(work: _Work, extras: Sequence[Extra]) -> tuple[list[Extra], list
     return out, left
 
 
-def _extra_fits(work: _Work, slot: Slot, extra: Extra, bindings: Mapping[str, int]) -> None:
+def _extra_fits(work: _Work, slot: Slot, extra: Extra, bindings: Mapping[str, int]) -> bool:
     if work.sizes is None:
-        return
+        return True
+    before = len(work.problems)
     _counts_fit(work, extra.name, bindings)
     wanted, shape = slot_shape(slot, work.source, work.sizes), extra.value.shape
     if extra.kind == "trainable_tokens":
         wanted, shape = wanted[1:], shape[1:]
     if not same_shape(shape, wanted):
         work.complain(shape_problem(extra.name, extra.value.shape, slot, work.source, work.sizes))
+    return len(work.problems) == before
 
 
 def _convert_extra(work: _Work, slot: Slot, bindings: Mapping[str, int], members: Mapping[int, Extra]) -> list[Extra]:
