@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +16,9 @@ from .dialects.adapter import Content
 from .errors import LorabridgeError
 from .forward import Forward, dialect_named, forward, settings_from
 from .manifest import Manifest
-from .tensors import Bits, Source
+
+if TYPE_CHECKING:
+    from .tensors import Bits, Source
 
 
 @dataclass(frozen=True, slots=True)

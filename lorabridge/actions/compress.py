@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,10 +13,15 @@ from ..dialects import factors
 from ..dialects.adapter import Content, Dialect
 from ..errors import UsageError
 from ..forward import Settings, forward
-from ..tensors import Bits, Source
+from ..tensors import Source
+
+if TYPE_CHECKING:
+    from ..tensors import Bits
 
 
-def ranks(text: str, content: Content, origin: Dialect, goal: Dialect, settings: Settings, source: Source) -> Mapping[str, int]:
+def ranks(
+    text: str, content: Content, origin: Dialect, goal: Dialect, settings: Settings, source: Source
+) -> Mapping[str, int]:
     """Return target module path to rank for ``--compress``.
 
     ``text`` is a whole number (the rank itself) or a number below 1 (the relative Frobenius error of each module's
@@ -31,9 +37,7 @@ def ranks(text: str, content: Content, origin: Dialect, goal: Dialect, settings:
             chosen[module.path] = min(rank, term.rank)
             continue
         a, b = (_values(expr, source) for expr in (term.a, term.b))
-        chosen[module.path], _ = lowrank.rank_for(
-            a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1), tolerance
-        )
+        chosen[module.path], _ = lowrank.rank_for(a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1), tolerance)
     return chosen
 
 

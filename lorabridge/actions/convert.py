@@ -93,7 +93,9 @@ def convert(
 def plan_conversion(given: Input, target: Path | str, options: ConvertOptions) -> Job:
     """Decide dialects, names and steps from headers alone."""
     kept = given.manifest if given.manifest is not None and given.manifest.describes(given.source.specs) else None
-    warnings = [] if kept is not None or given.manifest is None else ["the manifest beside describes other tensors: ignored"]
+    warnings = (
+        [] if kept is not None or given.manifest is None else ["the manifest beside describes other tensors: ignored"]
+    )
     facts = options.facts.then(given.stated).then(kept.facts if kept else Facts())
     content = given.content(facts)
     origin = _source_dialect(given, kept, facts, options)
@@ -103,6 +105,8 @@ def plan_conversion(given: Input, target: Path | str, options: ConvertOptions) -
                          adapter=goal.name not in ("hf", "ms"))  # fmt: skip
     if str(target).endswith("/"):
         output = replace(output, target=Path(target))
+    if options.max_shard_size is not None and not output.directory:
+        raise UsageError("--max-shard-size needs a directory", where=str(target), hint="end DST with a slash")
     _check_places(given, output)
     if kept is not None and goal.name == kept.source.dialect and _returns(options, kept, family):
         back = wayback.way_back(given.source, kept, mappings=options.mappings)
@@ -192,6 +196,10 @@ def _return_job(
 ) -> Job:  # fmt: skip
     planned = plan.build(given.source.specs, back.outputs, (), seed=wayback.seed(goal.name))
     metadata = dict(kept.source.metadata) if output.format == kept.source.format else {}
+    restored = {name for name, _ in back.outputs}
+    absent = [spec.name for spec in kept.source.specs if spec.name not in restored]
+    if absent:
+        warnings += (f"{len(absent)} tensors were left out on the way here and are not restored: {', '.join(absent)}",)
     return Job(origin, goal, kept.options.get("family", "identity"), output, planned, metadata, kept.source.config, None,
                back.residues, (), (), warnings, ("restored bit for bit from the manifest",))  # fmt: skip
 
