@@ -72,13 +72,11 @@ def _rule(table: Table, rule: Rule) -> Iterator[str]:
 
 def _groups(rule: Rule) -> Iterator[str]:
     """Compare what is constant; sizes that come from a config are compared when it is read."""
-    if any(size.fields for size in (*rule.out, rule.groups)):
-        return
     try:
-        groups = rule.groups.value({})
+        groups = 0 if rule.groups.fields else rule.groups.value({})
         for part, size in zip(rule.parts, rule.out, strict=False):
-            if size.value({}) % groups:
-                yield f"part {part!r} has {size.value({})} rows, which do not divide by groups = {groups}"
+            if groups and not size.fields and size.value({}) % groups:
+                yield f"part {part!r} has {size} rows, which do not divide by groups = {groups}"
     except SizeError as error:
         yield str(error)
 

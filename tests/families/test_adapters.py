@@ -1,4 +1,4 @@
-"""Adapters through tables: the square ``convert(merge(W, A, B)) == merge(convert(W), convert(A, B))`` and the way back."""
+"""Adapters through tables: ``convert(merge(W, A, B)) == merge(convert(W), convert(A, B))``, and the way back."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ GROUPED = {"hidden_size": 5, "heads": 4, "kv_heads": 2, "head_dim": 3, "layers":
 
 
 def merged(store: Store, base: np.ndarray, module: LoraModule, *, turned: bool) -> np.ndarray:
-    """Return the stored weight with the module's delta added (DoRA, Liu et al. 2024: rows rescaled to the magnitude)."""
+    """Return the stored weight with the delta added (DoRA, Liu et al. 2024: rows rescaled to the magnitude)."""
     weight = base.T if turned else base
     total = weight + delta(store, module, weight.shape[1])
     if module.magnitude is not None:

@@ -10,7 +10,14 @@ from lorabridge import axes
 from lorabridge.dialects.adapter import Adapter
 from lorabridge.errors import MappingError, UsageError
 from lorabridge.tables import (
-    Table, check_complete, detect_family, map_adapter, names, resolve, sizes_from_config, tied_checks,
+    Table,
+    check_complete,
+    detect_family,
+    map_adapter,
+    names,
+    resolve,
+    sizes_from_config,
+    tied_checks,
 )  # fmt: skip
 
 from .conftest import Store, model, reread
@@ -245,9 +252,9 @@ def test_a_tied_head_without_its_original_is_refused(tables: dict[str, Table], s
 
 def test_prefixes_are_one_answer_per_checkpoint(tables: dict[str, Table], store: Store) -> None:
     mixed = model(store, {"transformer.ln_f.weight": (8,), "h.0.ln_1.weight": (8,)})
-    with pytest.raises(MappingError, match="with and without the prefix 'transformer.'"):
+    with pytest.raises(MappingError, match=r"with and without the prefix 'transformer\.'"):
         map_adapter(tables["gpt2"], mixed, to="ms")
-    with pytest.raises(UsageError, match="no hf prefix 'model.'"):
+    with pytest.raises(UsageError, match=r"no hf prefix 'model\.'"):
         map_adapter(tables["gpt2"], mixed, to="hf", layout={"hf_prefix": "model."})
 
 
