@@ -14,17 +14,18 @@ from safetensors.torch import load_file
 from lorabridge.actions.convert import ConvertOptions, convert
 from lorabridge.dialects.adapter import Fact, Facts
 
-TO_MINDSPORE = [name for name in CASES]
+SECOND_COPIES = {"bias all and saved": {"base_model.model.head.modules_to_save.bias", "base_model.model.head.bias"}}
+"""peft writes a saved module's bias twice under bias="all" and reads it once."""
 
 
 def bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else tensor[None].numpy().tobytes()
 
 
-def same_files(one: Path, two: Path) -> None:
+def same_files(one: Path, two: Path, left_out: set[str]) -> None:
     a, b = load_file(one / "adapter_model.safetensors"), load_file(two / "adapter_model.safetensors")
-    assert sorted(a) == sorted(b)
-    for name in a:
+    assert set(a) - left_out == set(b)
+    for name in b:
         assert a[name].dtype == b[name].dtype
         assert a[name].shape == b[name].shape
         assert bits(a[name]) == bits(b[name]), name
@@ -32,7 +33,7 @@ def same_files(one: Path, two: Path) -> None:
     assert configs[0] == configs[1]
 
 
-@pytest.mark.parametrize("name", TO_MINDSPORE)
+@pytest.mark.parametrize("name", list(CASES))
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
 def test_back_bit_for_bit(name: str, suffix: str, tmp_path: Path, mindspore) -> None:
     from peft import PeftModel
@@ -45,21 +46,22 @@ def test_back_bit_for_bit(name: str, suffix: str, tmp_path: Path, mindspore) -> 
 
     report = convert(tmp_path / "peft", target, ConvertOptions(target_dialect="loralib-ms"))
 
-    assert report.tensors_read == len(load_file(tmp_path / "peft" / "adapter_model.safetensors"))
+    left_out = {tensor for tensor, _ in report.left_out}
+    assert left_out <= SECOND_COPIES.get(name, set())
+    assert report.tensors_read + len(left_out) == len(load_file(tmp_path / "peft" / "adapter_model.safetensors"))
     loaded = mindspore.load_checkpoint(str(target), format=suffix[1:])
     assert len(loaded) == report.tensors
     back = convert(target, tmp_path / "back")
     assert back.target_dialect == "peft"
     assert "restored bit for bit" in back.notes[0]
-    same_files(tmp_path / "peft", tmp_path / "back")
+    assert bool(left_out) == any("not restored" in warning for warning in back.warnings)
+    same_files(tmp_path / "peft", tmp_path / "back", left_out)
     again = PeftModel.from_pretrained(case.base(), tmp_path / "back").eval()
     assert torch.equal(case.output(again), expected)
 
 
 @pytest.mark.parametrize("name", ["linear", "patterns", "gpt2"])
 def test_mindspore_sees_the_values(name: str, tmp_path: Path, mindspore) -> None:
-    if name not in CASES:
-        pytest.skip("no such case")
     CASES[name].adapted().save_pretrained(tmp_path / "peft")
     convert(tmp_path / "peft", tmp_path / "out.ckpt")
     source = load_file(tmp_path / "peft" / "adapter_model.safetensors")
@@ -109,4 +111,5 @@ def test_trained_on_and_back(tmp_path: Path, mindspore) -> None:
     assert sorted(a) == sorted(b)
     for key in a:
         np.testing.assert_array_equal(a[key].numpy() * 2 + 1, b[key].numpy())
-    assert (tmp_path / "peft" / "adapter_config.json").read_text() == (tmp_path / "back" / "adapter_config.json").read_text()
+    one, two = ((tmp_path / d / "adapter_config.json").read_text() for d in ("peft", "back"))
+    assert one == two
