@@ -312,3 +312,14 @@ def test_shipped_tables_are_quick_to_load() -> None:
     start = time.process_time()
     tables.load_tables()
     assert time.process_time() - start < 0.2
+
+
+def test_the_example_of_the_grammar_page_is_a_table() -> None:
+    page = (Path(__file__).parents[2] / "mappings" / "README.md").read_text("utf-8")
+    table = tables.read_table(page.split("```toml\n")[1].split("```")[0], "README.md")
+    config = {"d_model": 8, "n_head": 4, "n_kv_head": 2, "n_layer": 2, "vocab_size": 9}
+    sizes = tables.sizes_from_config(table, config)
+    names = tables.names(table, sizes, "ms", layout={"qkv": "grouped"}, architecture="ToyForTokenClassification")
+    assert names["backbone.blocks.1.w_qkv.weight"] == (16, 8)
+    assert names["backbone.blocks.0.output.mapping.weight"] == (8, 32)
+    assert names["classifier.weight"] == (-1, 8)
