@@ -97,11 +97,11 @@ def _command(command: click.Command, path: str) -> str:
     blocks = [f"## {path}\n", f"```\n{path} {usage}\n```\n", _paragraphs(command.help or "")]
     if isinstance(command, Command | Group):
         if command.manual.arguments:
-            blocks.append(_rows(("argument", "meaning"), list(command.manual.arguments.items())))
-        for _, options in sections(command, ctx):
-            shown = [o for o in options if not o.hidden and o.name != "help"]
+            blocks.append(_rows(("Arguments", "meaning"), list(command.manual.arguments.items())))
+        for heading, options in sections(command, ctx):
+            shown = [o for o in options if not o.hidden and "--help" not in o.opts]
             if shown:
-                blocks.append(_rows(("option", "meaning"), [_option(o) for o in shown]))
+                blocks.append(_rows((heading, "meaning"), [_option(o) for o in shown]))
         if command.manual.examples:
             blocks.append("```\n" + "\n".join(command.manual.examples) + "\n```\n")
     return "\n".join(blocks)

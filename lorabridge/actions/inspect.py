@@ -96,7 +96,7 @@ def _inspect(
         problems.append(Problem("the manifest describes other tensors", hint="a conversion will ignore it"))
         kept = None
     content = given.content(facts.then(kept.facts) if kept is not None else facts)
-    found = tuple(dialects.detect(content))
+    found = tuple(dialects.detect(content)) if kept is None else ()
     name, why = (dialect, "as you say") if dialect else (kept.target.dialect, "the manifest says so") if kept else (
         found[0] if found else (None, "")
     )  # fmt: skip

@@ -128,13 +128,15 @@ def _write_examples(manual: Manual, formatter: click.HelpFormatter) -> None:
                 formatter.write(f"{' ' * formatter.current_indent}{example}\n")
 
 
-C = TypeVar("C", Command, Group)
+C = TypeVar("C", bound=click.Command)
 
 
 def documented(manual: Manual) -> Callable[[C], C]:
     """Attach a manual to a command."""
 
     def attach(command: C) -> C:
+        if not isinstance(command, Command | Group):
+            raise TypeError(f"{command.name} is no command of lorabridge's own class")
         command.manual = manual
         return command
 

@@ -136,7 +136,10 @@ def command_of(args: Sequence[str]) -> str:
     words = [arg for arg in args if not arg.startswith("-")]
     if not words or words[0] not in COMMANDS:
         return ""
-    command = cli.get_command(click.Context(cli), words[0])
+    try:
+        command = cli.get_command(click.Context(cli), words[0])
+    except Exception:  # told already: this runs while an error is being reported
+        return words[0]
     if isinstance(command, click.Group) and len(words) > 1 and words[1] in command.commands:
         return f"{words[0]} {words[1]}"
     return words[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -71,11 +72,22 @@ def dialects() -> list[str]:
     return [*(dialect.name for dialect in DIALECTS), HF.name, MS.name]
 
 
-def families() -> list[str]:
-    """Return the names of the shipped family tables."""
+def known_family(name: str, mappings: Path | None, *, hint: str) -> str:
+    """Return the name of a family table; a BadParameter suggests near names. An InputError names a malformed table."""
     from ..tables import load_tables
 
-    return sorted(load_tables(None))
+    known = sorted(load_tables(mappings))
+    if name not in known:
+        raise click.BadParameter(f"no family is called {name!r}.{did_you_mean(name, known)}", param_hint=repr(hint))
+    return name
+
+
+def matching_families(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the families that begin as typed, for the shell."""
+    from ..tables import load_tables
+
+    known = sorted(load_tables(ctx.params.get("mappings")))
+    return [CompletionItem(name) for name in known if name.startswith(incomplete)]
 
 
 def yes_or_no(text: str) -> bool:

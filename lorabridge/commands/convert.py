@@ -13,11 +13,22 @@ from ._group import Command, Manual, documented
 from ._options import fact_options, mappings_option, output_options, progress_option
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import FACTS, Name, Size, dialects, facts, is_fact, is_tolerance_or_rank, pairs
+from ._values import (
+    FACTS,
+    Name,
+    Size,
+    dialects,
+    facts,
+    is_fact,
+    is_tolerance_or_rank,
+    known_family,
+    matching_families,
+    pairs,
+)
 
 if TYPE_CHECKING:
     from ..actions.convert import ConvertOptions
-    from ..actions.convert_report import ConvertReport
+    from ..actions.convert_report import ConvertReport, RoundingRow
 
 COMPRESS_LOSSLESS = "1e-6"
 """What --compress without a value means: the smallest rank whose relative error stays below this."""
@@ -95,7 +106,8 @@ class Given(TypedDict):
               "hf or ms for a whole model.")  # fmt: skip
 @click.option("--to", "target_dialect", type=Name("dialect", dialects), metavar="DIALECT",
               help="Dialect of DST; by default what DST's container calls for.")  # fmt: skip
-@click.option("--family", metavar="NAME", help="Table of module names to go through; see `lorabridge tables list`.")
+@click.option("--family", metavar="NAME", shell_complete=matching_families,
+              help="Table of module names to go through; see `lorabridge tables list`.")  # fmt: skip
 @click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
               help="adapter_config.json or the model's config.json, where it is not beside SRC.")  # fmt: skip
 @click.option("--layout", metavar="KEY=VALUE", multiple=True,
@@ -126,6 +138,8 @@ def convert(source: Path, target: str, **given: Unpack[Given]) -> None:
     PATTERN=VALUE for those whose path matches the glob PATTERN, and may be repeated.
     """
     out = Output("convert", given["json"], given["quiet"], given["verbose"])
+    if given["family"] is not None:
+        known_family(given["family"], given["mappings"], hint="--family")
     options = _options(given)
     from ..actions.convert import convert as run
 
@@ -165,19 +179,28 @@ def _show(out: Output, done: ConvertReport) -> None:
         if rows:
             header = ("module", "kind", "rank", "alpha", "scaling", "")
             out.result(text.table(header, rows, right="  rrr", width=width()))
-        out.result("\n".join(text.escape(f"left out: {name} ({why})") for name, why in done.left_out))
-        out.result("\n".join(text.escape(f"not selected: {name}") for name in done.unselected))
-    elif not out.quiet:
+        for line in _details(done):
+            out.result(text.escape(line))
+    else:
         _count(out, done)
-    out.warn(
-        f"{row.tensor}: {row.inexact} of {row.elements} elements rounded, relative error up to {row.worst:.2e}"
-        for row in done.rounding
-    )
+    if done.rounding:
+        worst = max(done.rounding, key=lambda row: row.worst)
+        out.warn([f"{text.count(len(done.rounding), 'tensor')} rounded, at worst {_rounding(worst)}"])
     out.warn(done.warnings)
     for note in done.notes:
         out.hint(note, label="note: ")
     if not done.dry_run:
         out.hint(f"lorabridge inspect {shlex.quote(done.target)}", label="next: ")
+
+
+def _details(done: ConvertReport) -> list[str]:
+    lines = [f"left out: {name} ({why})" for name, why in done.left_out]
+    lines += [f"not selected: {name}" for name in done.unselected]
+    return lines + [f"rounded: {_rounding(row)}" for row in done.rounding]
+
+
+def _rounding(row: RoundingRow) -> str:
+    return f"{row.tensor}: {row.inexact} of {row.elements} elements, relative error up to {row.worst:.1e}"
 
 
 def _count(out: Output, done: ConvertReport) -> None:

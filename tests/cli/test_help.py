@@ -50,7 +50,7 @@ def test_every_command_has_help_that_begins_with_what_it_does(path: str, invoke:
         assert result.err == ""
         assert result.out.startswith("Usage: lorabridge")
     first = (ALL[path].help or "").strip().split("\n")[0]
-    assert re.fullmatch(r"[A-Z][a-z]+ .{10,}\.", first), first
+    assert re.fullmatch(r"[A-Z][a-z]+,? .{10,}\.", first), first
 
 
 @pytest.mark.parametrize("path", ALL)

@@ -1,0 +1,149 @@
+"""The commands ``lorabridge tables list``, ``show`` and ``check``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .. import report as text
+from ..errors import DifferentError, InputError
+from ._group import Command, Group, Manual, documented
+from ._options import mappings_option, output_options
+from ._terminal import Output, width
+from ._values import known_family, matching_families
+
+if TYPE_CHECKING:
+    from ..actions.tables import Row, TableContent
+
+FOUND_PROBLEMS = DifferentError.exit_code
+OUTPUT = {"Output": ("json", "quiet", "verbose")}
+
+
+@documented(
+    Manual(
+        examples=(
+            "lorabridge tables list",
+            "lorabridge tables show gpt2",
+            "lorabridge tables check my_tables/mine.toml",
+        )
+    )
+)
+@click.group("tables", cls=Group)
+def tables() -> None:
+    """List, show and check tables of model families.
+
+    A table says how a family's modules are called on the Hugging Face side and on the MindSpore side. The grammar is
+    in mappings/README.md; tables of your own go into a directory that --mappings names.
+    """
+
+
+@documented(
+    Manual(groups=OUTPUT, examples=("lorabridge tables list", "lorabridge tables list --mappings mine/ --json"))
+)
+@tables.command("list", cls=Command)
+@mappings_option
+@output_options
+def list_(mappings: Path | None, json: bool, quiet: bool, verbose: bool) -> None:
+    """List every table that can be used.
+
+    The layouts are the choices that --layout takes.
+    """
+    from ..actions.tables import list_tables
+
+    out = Output("tables list", json, quiet, verbose)
+    found = list_tables(mappings)
+    if json:
+        out.document({"tables": [text.plain(table) for table in found.tables]})
+        return
+    rows = [
+        (
+            t.family,
+            ", ".join(t.model_types),
+            str(t.rules),
+            "; ".join(f"{n}={'|'.join(c)}" for n, c in t.layouts),
+            t.file,
+        )
+        for t in found.tables
+    ]
+    out.result(text.table(("family", "model types", "rules", "layouts", "file"), rows, right="  r", width=width()))
+
+
+@documented(
+    Manual(
+        arguments={"FAMILY": "Name of a table, as `lorabridge tables list` prints it."},
+        groups=OUTPUT,
+        examples=("lorabridge tables show bert", "lorabridge tables show gpt2 --json"),
+    )
+)
+@tables.command("show", cls=Command)
+@click.argument("family", metavar="FAMILY", shell_complete=matching_families)
+@mappings_option
+@output_options
+def show(family: str, mappings: Path | None, json: bool, quiet: bool, verbose: bool) -> None:
+    """Show a table as correspondences between names.
+
+    Holes such as {i} stand for numbers; each line ends with the table's line that says so.
+    """
+    from ..actions.tables import show as run
+
+    out = Output("tables show", json, quiet, verbose)
+    found = run(known_family(family, mappings, hint="FAMILY"), mappings)
+    if json:
+        out.document({"table": text.plain(found)})
+    else:
+        out.result("\n".join([*_head(found), "", *(line for row in found.rows for line in _lines(row))]))
+
+
+@documented(
+    Manual(
+        arguments={"FILE": "A table file (TOML)."},
+        groups=OUTPUT,
+        examples=("lorabridge tables check mine.toml", "lorabridge tables check mine.toml --json"),
+    )
+)
+@tables.command("check", cls=Command)
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@output_options
+@click.pass_context
+def check(ctx: click.Context, file: Path, json: bool, quiet: bool, verbose: bool) -> None:
+    """Check a table file: grammar and the laws it must obey.
+
+    The exit code is 0 when every law holds and 1 when not; each problem is told with its line.
+    """
+    from ..actions.tables import check as run
+
+    out = Output("tables check", json, quiet, verbose)
+    if not file.is_file():
+        raise InputError("no such file", where=str(file), hint="name one table file")
+    done = run(file)
+    if json:
+        counted = {"family": done.family, "counts": dict(done.counts)}
+        out.document({"path": done.path, "ok": done.ok, **counted, "problems": done.problems})
+    elif done.ok:
+        counts = ", ".join(f"{number} {kind}" for kind, number in done.counts if number)
+        out.summary(f"{text.escape(done.path)} is a valid table of family {text.escape(done.family)} ({counts})")
+    else:
+        lines = [f"{text.escape(done.path)}: {text.count(len(done.problems), 'problem')}"]
+        out.result("\n".join([*lines, *(f"  {text.escape(problem)}" for problem in done.problems)]))
+    if not done.ok:
+        ctx.exit(FOUND_PROBLEMS)
+
+
+def _head(table: TableContent) -> list[str]:
+    prefixes = [f"{side} {prefix}" for side, prefix in (("hf", table.hf_prefix), ("ms", table.ms_prefix)) if prefix]
+    lines = [f"{table.family} ({table.file})"]
+    lines += [f"prefix  {', '.join(prefixes)}"] if prefixes else []
+    lines += [f"size    {name} = {size}" for name, size in table.sizes]
+    for name, choices, default in table.layouts:
+        lines += [
+            f"layout  {name}={choice}: {why}{' (default)' if choice == default else ''}" for choice, why in choices
+        ]
+    return [text.escape(line) for line in lines]
+
+
+def _lines(row: Row) -> list[str]:
+    when = f" if {row.condition}" if row.condition else ""
+    lines = [", ".join(row.hf) or "(nothing)", f"  → {', '.join(row.ms) or '(nothing)'}"]
+    return [text.escape(line) for line in (*lines, f"    {row.kind}: {row.operation}{when} ({row.line})")]
