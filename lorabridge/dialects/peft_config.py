@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from ..errors import MappingError
 from .adapter import Json, Value
-from .peft_patterns import matching_keys, pattern_matches
+from .peft_patterns import KeyTable, pattern_matches
 
 DEFAULTS: dict[str, Value] = {
     "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": None, "bias": "none",
@@ -68,15 +68,17 @@ class Settings:
     fan_in_fan_out: bool | None
     modules_to_save: tuple[str, ...]
     tokens: Mapping[str, int]
+    rank_keys: KeyTable
+    alpha_keys: KeyTable
 
     def rank_of(self, path: str) -> int | None:
         """Return a module's rank: the first matching key of rank_pattern, else ``r``."""
-        keys = matching_keys(self.rank_pattern, path)
+        keys = self.rank_keys.matching(path)
         return self.rank_pattern[keys[0]] if keys else self.rank_pattern.get(path, self.rank)
 
     def alpha_of(self, path: str) -> Number | None:
         """Return a module's alpha: the first matching key of alpha_pattern, else ``lora_alpha``."""
-        keys = matching_keys(self.alpha_pattern, path)
+        keys = self.alpha_keys.matching(path)
         return self.alpha_pattern[keys[0]] if keys else self.alpha_pattern.get(path, self.alpha)
 
     def saves(self, path: str) -> bool:
@@ -93,16 +95,18 @@ def read_settings(config: Json | None, where: str) -> Settings:
     type; all of one sort are listed together.
     """
     if config is None:
-        return Settings(None, None, None, {}, {}, False, False, False, "none", None, (), {})
+        return Settings(None, None, None, {}, {}, False, False, False, "none", None, (), {}, KeyTable(()), KeyTable(()))
     _check_type(config, where)
     _check_fields(config, where)
     issues: list[str] = []
+    ranks = _pattern(config, "rank_pattern", _rank, issues)
+    alphas = _pattern(config, "alpha_pattern", _number, issues)
     settings = Settings(
         config=config,
         rank=_rank(config.get("r", DEFAULTS["r"]), "r", issues),
         alpha=_number(config["lora_alpha"], "lora_alpha", issues) if config.get("lora_alpha") is not None else None,
-        rank_pattern=_pattern(config, "rank_pattern", _rank, issues),
-        alpha_pattern=_pattern(config, "alpha_pattern", _number, issues),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         rslora=_flag(config, "use_rslora", issues),
         dora=_flag(config, "use_dora", issues),
         lora_bias=_flag(config, "lora_bias", issues),
@@ -110,6 +114,8 @@ def read_settings(config: Json | None, where: str) -> Settings:
         fan_in_fan_out=_flag(config, "fan_in_fan_out", issues),
         modules_to_save=_names(config, "modules_to_save", issues),
         tokens=_tokens(config.get("trainable_token_indices"), issues),
+        rank_keys=KeyTable(ranks),
+        alpha_keys=KeyTable(alphas),
     )
     if issues:
         raise MappingError(
@@ -157,29 +163,38 @@ def unsupported_fields(config: Json) -> list[tuple[str, str]]:
     return found
 
 
-def targets(config: Json, path: str) -> bool:
-    """Say whether ``target_modules`` of a config selects a module path, the layer and exclusion fields included.
+def selected(config: Json, paths: Iterable[str]) -> set[str]:
+    """Return the module paths that ``target_modules`` selects, the layer and exclusion fields considered.
 
     Source: peft 0.21.2, ``tuners_utils.check_target_module_exists``.
     """
     chosen, excluded = config.get("target_modules"), config.get("exclude_modules")
-    if excluded and _selects(excluded, path):
-        return False
-    if isinstance(chosen, list) and path in chosen:
-        return True
-    if not _selects(chosen, path):
-        return False
+    chosen_names, excluded_names = _name_set(chosen), _name_set(excluded)
     layers = config.get("layers_to_transform")
-    if isinstance(chosen, str) or layers is None or layers == []:
-        return True
+    by_layer = not (isinstance(chosen, str) or layers is None or layers == [])
     wanted = layers if isinstance(layers, list) else [layers]
-    return _layer(config.get("layers_pattern"), path) in wanted
+    found = set()
+    for path in paths:
+        if excluded and _selects(excluded, excluded_names, path):
+            continue
+        if path in chosen_names or (
+            _selects(chosen, chosen_names, path)
+            and (not by_layer or _layer(config.get("layers_pattern"), path) in wanted)
+        ):
+            found.add(path)
+    return found
 
 
-def _selects(chosen: Value, path: str) -> bool:
+def _name_set(chosen: Value) -> frozenset[str]:
+    return frozenset(name for name in chosen if isinstance(name, str)) if isinstance(chosen, list) else frozenset()
+
+
+def _selects(chosen: Value, names: frozenset[str], path: str) -> bool:
+    """Say whether a regular expression, or a list of path endings, selects a path."""
     if isinstance(chosen, str):
         return chosen == "all-linear" or pattern_matches(chosen, path)
-    return isinstance(chosen, list) and any(path == t or path.endswith(f".{t}") for t in chosen)
+    levels = path.split(".")
+    return any(".".join(levels[i:]) in names for i in range(len(levels)))
 
 
 def _layer(pattern: Value, path: str) -> int | None:

@@ -138,10 +138,9 @@ class _Reader:
 
     def group(self) -> _Node:
         if self.peek() == "?":
-            opening = re.compile(r"\?(?::|P<[^\W\d]\w*>)").match(self.text, self.at)
-            if not opening:
+            if not self.text.startswith("?:", self.at):
                 raise _Refused(f"it uses the extension ({self.text[self.at : self.at + 3]}")
-            self.at = opening.end()
+            self.at += 2
         node = self.alternatives()
         if self.peek() != ")":
             raise _Refused("a '(' has no ')'")
@@ -210,9 +209,10 @@ class Automaton:
 
     def matches(self, text: str) -> bool:
         """Say whether the pattern matches a start of ``text``."""
-        return self._run(text) or (text.endswith("\n") and self._run(text[:-1]))
+        return self.run(text) or (text.endswith("\n") and self.run(text[:-1]))
 
-    def _run(self, text: str) -> bool:
+    def run(self, text: str) -> bool:
+        """Say the same, an end anchor holding at the very end only."""
         states = self._closure([0], at_start=True, at_end=not text)
         if 1 in states:
             return True
@@ -301,12 +301,11 @@ def _matcher(pattern: str, *, key: bool) -> Accepts:
         )
     whole = rf"(.*\.)?({pattern})$"
     if key and _PLAIN.fullmatch(pattern):  # no repetition and no branches: re takes linear time per dot of the path
-        compiled = re.compile(whole)
-        return lambda text: compiled.match(text) is not None
+        return lambda text: re.match(whole, text) is not None
     try:
         if key:
             return _automaton(_Reader(whole).whole()).matches
-        return _automaton(_Node("cat", parts=(_Reader(pattern).whole(), _Node("end")))).matches
+        return _automaton(_Node("cat", parts=(_Reader(pattern).whole(), _Node("end")))).run
     except _Refused as error:
         raise MappingError(
             f"a pattern cannot be matched safely: {error}",
@@ -329,9 +328,73 @@ def pattern_matches(pattern: str, path: str) -> bool:
 
     Source: peft 0.21.2, ``match_target_against_key``. MappingError as for :func:`key_matches`.
     """
-    return not path.endswith("\n") and _matcher(pattern, key=False)(path)
+    return _matcher(pattern, key=False)(path)
 
 
-def matching_keys(keys: Iterable[str], path: str) -> list[str]:
-    """Return the keys that match, in their order; peft takes the first."""
-    return [key for key in keys if key_matches(key, path)]
+@dataclass(frozen=True, slots=True)
+class _Literal:
+    """A key without repetition and branches: its characters, and where any character may stand."""
+
+    length: int
+    wild: tuple[int, ...]
+    anchored: bool
+
+    def form(self, text: str) -> str:
+        """Blank out the places where any character may stand."""
+        chars = list(text)
+        for place in self.wild:
+            chars[place] = "\n"
+        return "".join(chars)
+
+    def part(self, path: str) -> str | None:
+        """Return the blanked end of a path that such a key is compared with, or None where none can match."""
+        at = len(path) - self.length
+        if at < 0 or (at > 0 and (self.anchored or path[at - 1] != ".")):
+            return None
+        return self.form(path[at:])
+
+
+class KeyTable:
+    """Find which keys of rank_pattern or alpha_pattern match a path, without trying each literal key.
+
+    MappingError on building: a key that :func:`key_matches` refuses.
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self.keys = tuple(keys)
+        self._literals: dict[_Literal, dict[str, list[int]]] = {}
+        self._others: list[tuple[int, Accepts]] = []
+        for number, key in enumerate(self.keys):
+            matcher = _matcher(key, key=True)
+            if _PLAIN.fullmatch(key) and "\n" not in key:
+                literal, text = _literal(key)
+                self._literals.setdefault(literal, {}).setdefault(literal.form(text), []).append(number)
+            else:
+                self._others.append((number, matcher))
+
+    def matching(self, path: str) -> list[str]:
+        """Return the keys that match, in their order; peft takes the first."""
+        if "\n" in path:
+            return [key for key in self.keys if key_matches(key, path)]
+        found = [number for number, matcher in self._others if matcher(path)]
+        for literal, forms in self._literals.items():
+            part = literal.part(path)
+            if part is not None:
+                found += forms.get(part, [])
+        return [self.keys[number] for number in sorted(found)]
+
+
+def _literal(key: str) -> tuple[_Literal, str]:
+    """Take a literal key apart: its shape, and its text with escapes resolved."""
+    anchored = key.startswith("^")
+    body = key[1:] if anchored else key
+    body = body[:-1] if body.endswith("$") and not body.endswith("\\$") else body
+    text, wild, at = "", [], 0
+    while at < len(body):
+        if body[at] == "\\":
+            at += 1
+        elif body[at] == ".":
+            wild.append(len(text))
+        text += body[at]
+        at += 1
+    return _Literal(len(text), tuple(wild), anchored), text

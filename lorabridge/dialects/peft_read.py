@@ -10,7 +10,7 @@ from ..errors import MappingError
 from ..tensors import TensorSpec
 from .adapter import Content, Extra, ExtraKind, LoraModule, ModuleKind, Scaling, Term, Value
 from .peft_config import Settings
-from .peft_patterns import matching_keys
+from .peft_patterns import KeyTable
 from .prefixes import PeftName, PeftNames, Role
 
 EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out"})
@@ -53,8 +53,8 @@ class Reader:
         found = [self._module(path, groups[path]) for path in sorted(groups)]
         modules = tuple(module for module in found if module is not None)
         self._check_attention(groups)
-        self._warn_ambiguous("rank_pattern", self.settings.rank_pattern)
-        self._warn_ambiguous("alpha_pattern", self.settings.alpha_pattern)
+        self._warn_ambiguous("rank_pattern", self.settings.rank_pattern, self.settings.rank_keys)
+        self._warn_ambiguous("alpha_pattern", self.settings.alpha_pattern, self.settings.alpha_keys)
         return tuple(
             replace(module, fan_in_fan_out=order) for module, order in zip(modules, self._orders(modules), strict=True)
         )
@@ -163,21 +163,12 @@ class Reader:
                     f"{path}: in_proj has {fused.shape[0]} rows, not 3 times out_proj's {single.shape[0]}"
                 )
         for name in self.names.names:
-            parent = name.path.rpartition(".")[0]
-            if (
-                name.role in ("A", "B")
-                and name.wrapped
-                and parent not in self.attention
-                and not self._has_tokens(name.path)
-            ):
+            if name.role in ("A", "B") and name.wrapped and name.path.rpartition(".")[0] not in self.attention:
                 self.issues.append(f"{name.name}: factors below a base_layer that is no attention")
 
-    def _has_tokens(self, path: str) -> bool:
-        return any(name.role == "tokens" and name.path == path for name in self.names.names)
-
-    def _warn_ambiguous(self, which: str, pattern: Mapping[str, int | float]) -> None:
+    def _warn_ambiguous(self, which: str, pattern: Mapping[str, int | float], table: KeyTable) -> None:
         for path in sorted(self.adapted):
-            keys = matching_keys(pattern, path)
+            keys = table.matching(path)
             if len({pattern[key] for key in keys}) > 1:
                 self.warnings.append(
                     f"{which}: {' and '.join(map(repr, keys))} match {path} with different values; the first in the "

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from ..errors import MappingError
 from .adapter import Json, LoraModule, Value
 from .peft_config import Number, read_settings
-from .peft_patterns import matching_keys
+from .peft_patterns import KeyTable
 
 FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
@@ -129,9 +129,8 @@ def _keys(special: Mapping[str, Number], everything: Mapping[str, Number]) -> di
     A plain path is a regular expression whose dots match anything and whose start is open; older versions of peft
     compare it as text, so it is preferred wherever it selects no other module.
     """
-    keys: dict[str, Value] = {}
-    for path, value in special.items():
-        others = (p for p, v in everything.items() if p != path and v != value)
-        simple = re.fullmatch(r"[\w.-]+", path) and not any(matching_keys([path], other) for other in others)
-        keys[path if simple else f"^{re.escape(path)}"] = value
-    return keys
+    simple = {path for path in special if re.fullmatch(r"[\w.-]+", path)}
+    table = KeyTable(simple)
+    for path, value in everything.items():
+        simple -= {key for key in table.matching(path) if special[key] != value}
+    return {path if path in simple else f"^{re.escape(path)}": value for path, value in special.items()}

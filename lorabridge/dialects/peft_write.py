@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ..axes import Expr, zeros
 from ..errors import MappingError
 from .adapter import Adapter, Extra, LoraModule, Value, Written
-from .peft_config import DEFAULTS, changes_base, read_settings, targets
+from .peft_config import DEFAULTS, changes_base, read_settings, selected
 from .peft_scaling import scaling_fields
 
 PREFIX = "base_model.model."
@@ -66,6 +66,7 @@ def _refuse(modules: Sequence[LoraModule], extras: Sequence[Extra]) -> None:
             hint="merge the adapter, or convert the two kinds of modules separately with --include",
         )
     paths = {m.path for m in modules}
+    trained = {extra.path for extra in extras if extra.kind == "trainable_tokens"}
     counts = Counter(m.path for m in modules)
     issues = [f"{path}: adapted {n} times" for path, n in counts.items() if n > 1]
     for module in modules:
@@ -75,6 +76,8 @@ def _refuse(modules: Sequence[LoraModule], extras: Sequence[Extra]) -> None:
             issues.append(f"{module.path}: adapts {module.weight}, peft only weights of layers")
         if module.weight == "in_proj_weight" and f"{module.path}.out_proj" not in paths:
             issues.append(f"{module.path}: peft adapts out_proj together with in_proj_weight, it has no factors")
+        if module.path in trained:
+            issues.append(f"{module.path}: peft either adapts an embedding or trains single rows of it")
         if module.kind == "embedding" and module.lora_bias is not None:
             issues.append(f"{module.path}: peft has no lora_bias for embeddings")
     if issues:
@@ -120,7 +123,7 @@ class _Spelling:
         """Spell the place of peft's own layer for a module."""
         parent, _, last = path.rpartition(".")
         inner = f"{parent}.base_layer.{last}" if parent in self.attention else path
-        return f"{PREFIX}{inner}" + (".token_adapter.base_layer" if path in self.tokens else "")
+        return f"{PREFIX}{inner}"
 
     def factors(self, module: LoraModule) -> list[tuple[str, Expr]]:
         """Spell one module's tensors."""
@@ -143,8 +146,11 @@ class _Spelling:
             return f"{PREFIX}{extra.name}"
         if extra.parameter.startswith("lora_"):
             return f"{self.layer(extra.path)}.{extra.parameter}"
-        base = ".base_layer" if extra.path in self.adapted else ""
-        return f"{self.layer(extra.path) if extra.path else PREFIX.removesuffix('.')}{base}.{extra.parameter}"
+        if not extra.path:
+            return f"{PREFIX}{extra.parameter}"
+        inside = ".token_adapter.base_layer" if extra.path in self.tokens else ""
+        inside = ".base_layer" if extra.path in self.adapted else inside
+        return f"{self.layer(extra.path)}{inside}.{extra.parameter}"
 
 
 def _flags(modules: Sequence[LoraModule], adapter: Adapter) -> dict[str, Value]:
@@ -164,7 +170,7 @@ def _flags(modules: Sequence[LoraModule], adapter: Adapter) -> dict[str, Value]:
 def _targets(modules: Sequence[LoraModule], attention: frozenset[str], config: Mapping[str, Value]) -> dict[str, Value]:
     """Return target_modules: the config's own where it selects every module, else the modules' full paths."""
     paths = sorted(m.path for m in modules if m.path.rpartition(".")[0] not in attention)
-    if config.get("target_modules") and all(targets(config, path) for path in paths):
+    if config.get("target_modules") and selected(config, paths) == set(paths):
         return {}
     fields: dict[str, Value] = {"target_modules": list(paths)}
     for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):

@@ -171,7 +171,7 @@ def _factor(name: str, levels: tuple[str, ...]) -> PeftName | None:
         if head[-1:] != ("token_adapter",):
             return None
         head = head[:-1]
-    if head[-1:] == ("base_layer",) and head[-2:-1] != ("token_adapter",):
+    if head[-1:] == ("base_layer",):
         raise MappingError(
             "the file adapts several parameters of one module (target_parameters), which lorabridge cannot tell apart",
             where=name,

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
+
+from lorabridge.axes import evaluate
+from lorabridge.dialects.adapter import Content, Facts, Json, Written
+from lorabridge.dtypes import BY_TORCH
+from lorabridge.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -188,6 +194,39 @@ CASES: dict[str, Case] = {
     "pissa": Case(Dense, {"r": 4, "target_modules": Q, "init_lora_weights": "pissa"}),
     "olora": Case(Dense, {"r": 4, "target_modules": Q, "init_lora_weights": "olora"}),
 }  # fmt: skip
+
+
+def content(tensors: Mapping[str, torch.Tensor], config: Json | None = None, facts: Facts = Facts()) -> Content:  # noqa: B008
+    """Describe tensors as a container would."""
+    specs = {
+        name: TensorSpec(name, BY_TORCH[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+    return Content(specs, config=config, facts=facts, path="adapter_model.safetensors")
+
+
+def tensors_of(written: Written, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Evaluate what a dialect wants written; float32 tensors only."""
+
+    def bits(name: str) -> np.ndarray:
+        return tensors[name].detach().contiguous().numpy().view(np.uint32)
+
+    return {
+        name: torch.from_numpy(
+            np.ascontiguousarray(evaluate(expr, bits, {})).view(np.float32).reshape(expr.shape).copy()
+        )
+        for name, expr in written.tensors
+    }
+
+
+def save_written(written: Written, tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
+    """Write the two files that peft reads."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors_of(written, tensors), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(written.config, indent=2, sort_keys=True)
+    (directory / "adapter_config.json").write_text(text)
 
 
 def save(model: PeftModel, directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
