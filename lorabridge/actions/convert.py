@@ -194,7 +194,9 @@ def _return_job(
     given: Input, kept: manifest.Manifest, back: wayback.WayBack, origin: Dialect, goal: Dialect, output: Output,
     warnings: tuple[str, ...],
 ) -> Job:  # fmt: skip
-    planned = plan.build(given.source.specs, back.outputs, (), seed=wayback.seed(goal.name))
+    used = {name for _, expr in back.outputs for name in reads(expr)}
+    copies = [(name, "a copy, confirmed equal") for name in given.source.specs if name not in used]
+    planned = plan.build(given.source.specs, back.outputs, copies, seed=wayback.seed(goal.name))
     metadata = dict(kept.source.metadata) if output.format == kept.source.format else {}
     restored = {name for name, _ in back.outputs}
     absent = [spec.name for spec in kept.source.specs if spec.name not in restored]

@@ -141,9 +141,12 @@ def peft_delta(tensors: dict[str, torch.Tensor], folder: Path, shape: torch.Size
     from peft import PeftModel
 
     plain = {
-        "linear": lambda: nn.Linear(12, 20), "merged": lambda: nn.Linear(12, 36),
-        "merged all": lambda: nn.Linear(12, 36), "embedding": lambda: nn.Embedding(30, 8), "conv2d": lambda: nn.Conv2d(4, 6, 3),
-    }  # fmt: skip
+        "linear": lambda: nn.Linear(12, 20),
+        "merged": lambda: nn.Linear(12, 36),
+        "merged all": lambda: nn.Linear(12, 36),
+        "embedding": lambda: nn.Embedding(30, 8),
+        "conv2d": lambda: nn.Conv2d(4, 6, 3),
+    }
     if name == "fan_in_fan_out":
         from transformers.pytorch_utils import Conv1D
 

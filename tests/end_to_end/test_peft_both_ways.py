@@ -14,7 +14,11 @@ from safetensors.torch import load_file
 from lorabridge.actions.convert import ConvertOptions, convert
 from lorabridge.dialects.adapter import Fact, Facts
 
-SECOND_COPIES = {"bias all and saved": {"base_model.model.head.modules_to_save.bias", "base_model.model.head.bias"}}
+SECOND_COPIES = {
+    "bias all and saved": {
+        f"base_model.model.head.{level}bias" for level in ("", "modules_to_save.", "original_module.")
+    }
+}
 """peft writes a saved module's bias twice under bias="all" and reads it once."""
 
 
