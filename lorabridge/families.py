@@ -36,10 +36,10 @@ class Hit:
 
 
 class Index:
-    """Every template of one side of a table, found by a name's first segment."""
+    """Every template of one side of a table, found by a name's first and last segment."""
 
     def __init__(self, table: Table, side: SideName, prefixes: Iterable[str]) -> None:
-        self._buckets: dict[str, list[tuple[Template, Slot | Tied | Buffer, str | None]]] = {}
+        self._buckets: dict[tuple[str, str], list[tuple[Template, Slot | Tied | Buffer, str | None]]] = {}
         prefixes = tuple(prefixes)
         for slot in slots(table, side):
             self._add(slot.template, slot, prefixes if slot.rule.prefixed else ())
@@ -53,18 +53,21 @@ class Index:
             return
         for prefix in prefixes or (None,):
             full = template.between(prefix or "")
-            head, dot, _ = full.head.partition(".")
-            whole = len(full.pieces) == 1 or dot
-            self._buckets.setdefault(head if whole else "", []).append((full, what, prefix))
+            whole = len(full.pieces) == 1
+            first, dot, _ = full.head.partition(".")
+            _, last_dot, last = full.tail.rpartition(".")
+            key = (first if whole or dot else "", last if whole or last_dot else "")
+            self._buckets.setdefault(key, []).append((full, what, prefix))
 
     def find(self, name: str) -> list[Hit]:
         """Return every reading of a name."""
-        first = name.partition(".")[0]
+        first, last = name.partition(".")[0], name.rpartition(".")[2]
         hits = []
-        for template, what, prefix in (*self._buckets.get(first, ()), *self._buckets.get("", ())):
-            bindings = template.match(name)
-            if bindings is not None:
-                hits.append(Hit(what, bindings, prefix))
+        for key in ((first, last), (first, ""), ("", last), ("", "")):
+            for template, what, prefix in self._buckets.get(key, ()):
+                bindings = template.match(name)
+                if bindings is not None:
+                    hits.append(Hit(what, bindings, prefix))
         return hits
 
 

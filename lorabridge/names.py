@@ -75,6 +75,8 @@ class Template:
 
     def match(self, name: str) -> dict[str, int] | None:
         """Return each hole's integer, or the index of its option; None where the name does not fit."""
+        if not name.endswith(self.tail):
+            return None
         at, found = 0, {}
         for k, piece in enumerate(self.pieces):
             if isinstance(piece, str):
