@@ -42,19 +42,7 @@ class Template:
         """Read a template; raise TemplateError naming the first thing that is wrong."""
         if not text or len(text) > _LONGEST:
             raise TemplateError(f"template {text[:40]!r} must have 1 to {_LONGEST} characters")
-        pieces: list[str | Hole] = []
-        rest = text
-        while rest:
-            literal, brace, rest = rest.partition("{")
-            if set(literal) - _LITERAL:
-                raise TemplateError(f"template {text!r} has a character other than letters, digits, '_', '.', '-'")
-            if literal:
-                pieces.append(literal)
-            if brace:
-                inside, end, rest = rest.partition("}")
-                if not end:
-                    raise TemplateError(f"template {text!r} has an open brace")
-                pieces.append(_hole(inside, text))
+        pieces = _pieces(text)
         _prove_unambiguous(pieces, text)
         return cls(text, tuple(pieces))
 
@@ -106,27 +94,11 @@ class Template:
         return "".join(out)
 
     def overlap(self, other: Template) -> bool:
-        """Say whether some name fits both templates (the product of their automata reaches both ends)."""
-        shorter = min(len(self.head), len(other.head))
-        if self.head[:shorter] != other.head[:shorter]:
-            return False
-        shorter = min(len(self.tail), len(other.tail))
-        if shorter and self.tail[-shorter:] != other.tail[-shorter:]:
-            return False
-        mine, end = _automaton(self)
-        theirs, other_end = _automaton(other)
-        seen = {(0, 0)}
-        todo = [(0, 0)]
-        while todo:
-            here, there = todo.pop()
-            if (here, there) == (end, other_end):
-                return True
-            for letters, to in mine.get(here, ()):
-                for others, onto in theirs.get(there, ()):
-                    if (to, onto) not in seen and letters & others:
-                        seen.add((to, onto))
-                        todo.append((to, onto))
-        return False
+        """Say whether some name fits both templates."""
+        mine, theirs = _segments(self), _segments(other)
+        if mine is None or theirs is None:
+            return _meet(self.pieces, other.pieces)
+        return len(mine) == len(theirs) and all(map(_segments_meet, mine, theirs))
 
     def between(self, before: str, after: str = "") -> Template:
         """Return the template with literal text before and after it."""
@@ -144,6 +116,23 @@ def natural_key(name: str) -> tuple[tuple[int, int, str, str], ...]:
         value = text.lstrip("0")
         key.append((0, len(value), value, text) if digits else (1, 0, text, ""))
     return tuple(key)
+
+
+def _pieces(text: str) -> list[str | Hole]:
+    pieces: list[str | Hole] = []
+    rest = text
+    while rest:
+        literal, brace, rest = rest.partition("{")
+        if set(literal) - _LITERAL:
+            raise TemplateError(f"template {text!r} has a character other than letters, digits, '_', '.', '-'")
+        if literal:
+            pieces.append(literal)
+        if brace:
+            inside, end, rest = rest.partition("}")
+            if not end:
+                raise TemplateError(f"template {text!r} has an open brace")
+            pieces.append(_hole(inside, text))
+    return pieces
 
 
 def _hole(inside: str, text: str) -> Hole:
@@ -197,8 +186,40 @@ def _option(name: str, at: int, options: tuple[str, ...], after: str) -> tuple[i
     return -1, at
 
 
+def _segments(template: Template) -> tuple[str, ...] | None:
+    """Split at the dots, or return None where an option has a dot, so that dots do not align."""
+    holes = (piece for piece in template.pieces if isinstance(piece, Hole))
+    dotted = any("." in option for hole in holes for option in hole.options)
+    return None if dotted else tuple(template.text.split("."))
+
+
+@lru_cache(maxsize=4096)
+def _segments_meet(one: str, two: str) -> bool:
+    if "{" not in one and "{" not in two:
+        return one == two
+    return _meet(tuple(_pieces(one)), tuple(_pieces(two)))
+
+
+def _meet(one: tuple[str | Hole, ...], two: tuple[str | Hole, ...]) -> bool:
+    """Say whether the product of the two automata reaches both ends."""
+    mine, end = _automaton(one)
+    theirs, other_end = _automaton(two)
+    seen = {(0, 0)}
+    todo = [(0, 0)]
+    while todo:
+        here, there = todo.pop()
+        if (here, there) == (end, other_end):
+            return True
+        for letters, to in mine.get(here, ()):
+            for others, onto in theirs.get(there, ()):
+                if (to, onto) not in seen and letters & others:
+                    seen.add((to, onto))
+                    todo.append((to, onto))
+    return False
+
+
 @lru_cache(maxsize=1024)
-def _automaton(template: Template) -> tuple[dict[int, list[tuple[frozenset[str], int]]], int]:
+def _automaton(pieces: tuple[str | Hole, ...]) -> tuple[dict[int, list[tuple[frozenset[str], int]]], int]:
     """Build a nondeterministic automaton from state 0; the second result is its accepting state."""
     edges: dict[int, list[tuple[frozenset[str], int]]] = {}
     last = state = 0
@@ -214,7 +235,7 @@ def _automaton(template: Template) -> tuple[dict[int, list[tuple[frozenset[str],
             edges.setdefault(start, []).append((frozenset(letter), to))
             start = to
 
-    for piece in template.pieces:
+    for piece in pieces:
         last += 1
         end = last
         if isinstance(piece, str):

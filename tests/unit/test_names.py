@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lorabridge.names import Template, TemplateError, natural_key
 
 LITERALS = ["a", "b", "ab", ".", "1", "a1", "0"]
-PIECES = st.sampled_from([*LITERALS, "{i}", "{j}", "{c:a|b}", "{d:a|ab}", "{e:1|10}", "{f:0|x.y}"])
+PIECES = st.sampled_from([*LITERALS, "{i}", "{j}", "{c:a|b}", "{d:a|ab}", "{e:1|10}", "{f:0|x.y}", "{g:.|a.b}"])
 
 
 def parsed(text: str) -> Template | None:
