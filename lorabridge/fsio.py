@@ -280,7 +280,7 @@ class Staging:
         self._area = None
         os.close(self._out)
         with suppress(OSError, StorageError):  # the output is whole; `lorabridge clean` takes what could not be deleted
-            area.remove()
+            area.remove(settled=True)
 
     def _verify(self, area: Area) -> None:
         """Make sure that exactly this run's files are staged (locks may lie) and delete strays of an earlier one."""
@@ -310,6 +310,9 @@ class Staging:
         companions = sorted(set(self._files) - {main})
         old = [name for name in sorted({*companions, *self._dropped}) if self._refuse(name)]
         if old:
+            status = lookup(area.parent, main)
+            if status is not None:
+                area.record(main, status, replaced=True)
             _set_aside(area, old)
         # No moment shows a file beside another's companion: a new file follows its companions, and an old file
         # loses its own before it is replaced.

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .errors import OutputError
@@ -87,6 +87,7 @@ class Area:
         self.path = path
         self.header: Header | None = None
         self.records: dict[str, Record] = {}
+        self.replaced: Record | None = None
         self._append = threading.Lock()
         self.parent = os.open(path.parent, DIRECTORY)
         try:
@@ -138,7 +139,10 @@ class Area:
                     self.header = Header(str(entry["name"]), str(entry["digest"]), bool(entry["directory"]))
                 else:
                     record = Record(entry["file"], entry["size"], entry["mtime_ns"], entry["inode"])
-                    self.records[record.file] = record
+                    if entry["replaced"]:
+                        self.replaced = record
+                    else:
+                        self.records[record.file] = record
                 end += len(line) + 1
         except (ValueError, KeyError, TypeError, RecursionError):  # torn by a crash: what follows is void
             pass
@@ -156,22 +160,23 @@ class Area:
         """Make the area ready for a run: keep finished files of the same output, clear all else."""
         self.settle()
         if self.header != header:
-            self.records, self._end = {}, 0
+            self.records, self.replaced, self._end = {}, None, 0
         self.clear(self.records)
         calls.ftruncate(self._journal, self._end)
         if self.header != header:
-            self._line({"name": header.name, "digest": header.digest, "directory": header.directory}, durable=False)
+            self._line(asdict(header), durable=False)
             self.header = header
         with suppress(FileExistsError):
             calls.mkdir(OUT, 0o777, dir_fd=self.dir)
 
-    def record(self, name: str, status: os.stat_result) -> None:
-        """Note that a file is complete and on disk."""
+    def record(self, name: str, status: os.stat_result, *, replaced: bool = False) -> None:
+        """Note that a file is complete and on disk, or (``replaced``) which file the publication will replace."""
         record = Record(name, status.st_size, status.st_mtime_ns, status.st_ino)
-        self._line(
-            {"file": name, "size": record.size, "mtime_ns": record.mtime_ns, "inode": record.inode}, durable=True
-        )
-        self.records[name] = record
+        self._line({**asdict(record), "replaced": replaced}, durable=True)
+        if replaced:
+            self.replaced = record
+        else:
+            self.records[name] = record
 
     def settle(self) -> None:
         """Complete or undo a publication that was cut short, so that the old or the new output stands whole.
@@ -186,8 +191,11 @@ class Area:
             for record in self.records.values():
                 if out is not None and record is not main and not self.header.directory:
                     self._settle_companion(record, out, published)
+        old = lookup(self.parent, self.header.name)
+        if published or not (old is None or self.header.directory or (self.replaced and self.replaced.matches(old))):
+            return  # what was set aside belongs to a file that is no more
         with self.opened(ASIDE) as aside:
-            if aside is not None and not published:
+            if aside is not None:
                 for name in sorted(os.listdir(aside)):
                     with suppress(FileExistsError):
                         rename_new(aside, name, self.parent, name)
@@ -226,10 +234,11 @@ class Area:
                 if out is not None and not (name in keep and self.records[name].matches(lookup(out, name))):
                     remove_tree(out, name)
 
-    def remove(self) -> None:
+    def remove(self, *, settled: bool = False) -> None:
         """Settle, delete the area and let its lock go."""
         try:
-            self.settle()
+            if not settled:
+                self.settle()
             self.clear(())
             calls.unlink(JOURNAL, dir_fd=self.dir)
             try:
