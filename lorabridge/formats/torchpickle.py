@@ -24,6 +24,9 @@ MAX_OBJECTS = 6_000_000
 MAX_LONG = 64
 """Bytes of an integer."""
 
+_WORD = struct.Struct("<I")
+_SET = Opaque("builtins.set")
+
 
 class Unpickler:
     """Interpret one pickle; after ``load``, ``storages`` holds every storage it mentions, by key."""
@@ -45,19 +48,16 @@ class Unpickler:
         """
         if len(self._data) > MAX_PICKLE:
             raise PickleError(f"the pickle has {len(self._data)} bytes, more than {MAX_PICKLE}")
-        data, operations = self._data, _OPERATIONS
+        data, operations = self._data, _TABLE
         try:
             while True:
                 code = data[self._at]
                 self._at += 1
                 if code == 0x2E:  # STOP
                     break
-                operation = operations.get(code)
-                if operation is None:
-                    raise PickleError(f"the opcode {code:#04x} at byte {self._at - 1} is not allowed")
-                operation(self)
+                operations[code](self)
             value = self._stack.pop()
-        except IndexError:
+        except (LookupError, struct.error):
             raise PickleError(f"the pickle ends early or takes what was never put, at byte {self._at}") from None
         if self._stack or self._below or self._at != len(data):
             raise PickleError(f"the pickle leaves something over at byte {self._at}")
@@ -75,6 +75,16 @@ class Unpickler:
     def _number(self, width: int) -> int:
         return int.from_bytes(self._take(width), "little")
 
+    def _byte(self) -> int:
+        value = self._data[self._at]
+        self._at += 1
+        return value
+
+    def _word(self) -> int:
+        value: int = _WORD.unpack_from(self._data, self._at)[0]
+        self._at += 4
+        return value
+
     def _line(self) -> str:
         end = self._data.find(b"\n", self._at, self._at + 4096)
         if end < 0:
@@ -89,6 +99,21 @@ class Unpickler:
 
     # Opcodes
 
+    def _refused(self) -> None:
+        raise PickleError(f"the opcode {self._data[self._at - 1]:#04x} at byte {self._at - 1} is not allowed")
+
+    def _binint1(self) -> None:
+        self._stack.append(self._data[self._at])
+        self._at += 1
+
+    def _binput(self) -> None:
+        self._memo[self._data[self._at]] = self._stack[-1]
+        self._at += 1
+
+    def _binget(self) -> None:
+        self._stack.append(self._memo[self._data[self._at]])
+        self._at += 1
+
     def _proto(self) -> None:
         if not 2 <= self._number(1) <= 5:
             raise PickleError("the pickle protocol is not 2 to 5")
@@ -98,13 +123,10 @@ class Unpickler:
             raise PickleError(f"a frame at byte {self._at} is longer than the pickle")
 
     def _new(self, value: object) -> None:
-        self._counted(1)
+        self._made += 1
+        if self._made > MAX_OBJECTS:
+            raise _too_many()
         self._stack.append(value)
-
-    def _counted(self, count: int) -> None:
-        self._made += count
-        if self._made > MAX_OBJECTS or len(self._memo) > MAX_OBJECTS:
-            raise PickleError(f"the pickle holds more than {MAX_OBJECTS} objects")
 
     def _mark(self) -> None:
         if len(self._below) >= MAX_DEPTH:
@@ -118,13 +140,12 @@ class Unpickler:
         return items
 
     def _put(self, index: int) -> None:
+        if len(self._memo) > MAX_OBJECTS:
+            raise _too_many()
         self._memo[index] = self._stack[-1]
-        self._counted(0)
 
-    def _get(self, index: int) -> None:
-        if index not in self._memo:
-            raise PickleError(f"the memo has no entry {index}, at byte {self._at}")
-        self._stack.append(self._memo[index])
+    def _long_binget(self) -> None:
+        self._stack.append(self._memo[self._word()])
 
     def _long(self, width: int) -> None:
         length = self._number(width)
@@ -132,14 +153,19 @@ class Unpickler:
             raise PickleError(f"an integer of {length} bytes at byte {self._at} is not accepted")
         self._stack.append(int.from_bytes(self._take(length), "little", signed=True))
 
-    def _string(self, width: int) -> None:
-        self._new(self._text(self._take(self._number(width))))
+    def _string(self, length: int) -> None:
+        self._new(self._text(self._take(length)))
 
-    def _tuple(self, length: int) -> None:
-        if len(self._stack) < length:
-            raise IndexError
-        self._counted(1)
-        self._stack[-length:] = [tuple(self._stack[-length:])]
+    def _tuple1(self) -> None:
+        self._new((self._stack.pop(),))
+
+    def _tuple2(self) -> None:
+        last, first = self._stack.pop(), self._stack.pop()
+        self._new((first, last))
+
+    def _tuple3(self) -> None:
+        last, middle, first = self._stack.pop(), self._stack.pop(), self._stack.pop()
+        self._new((first, middle, last))
 
     def _append(self, items: Iterable[object]) -> None:
         target = self._stack[-1]
@@ -153,7 +179,9 @@ class Unpickler:
         if len(items) % 2 or not isinstance(target, Table | Opaque):
             raise PickleError(f"keys are set in {kind(target)}, at byte {self._at}")
         if isinstance(target, Table):
-            self._counted(len(items) // 2)
+            self._made += len(items) // 2
+            if self._made > MAX_OBJECTS:
+                raise _too_many()
             target.items.extend(zip(items[::2], items[1::2], strict=True))
 
     def _opaque_set(self) -> None:
@@ -163,7 +191,7 @@ class Unpickler:
 
     def _frozenset(self) -> None:
         self._marked()
-        self._new(Opaque("builtins.frozenset"))
+        self._new(_SET)
 
     def _discard(self) -> None:
         self._stack.pop()
@@ -207,6 +235,10 @@ class Unpickler:
                 raise PickleError(f"a persistent id before byte {self._at} does not describe a storage")
 
 
+def _too_many() -> PickleError:
+    return PickleError(f"the pickle holds more than {MAX_OBJECTS} objects")
+
+
 def _push(value: object) -> Callable[[Unpickler], None]:
     return lambda self: self._stack.append(value)
 
@@ -225,29 +257,29 @@ _OPERATIONS: dict[int, Callable[[Unpickler], None]] = {
     0x88: _push(True),
     0x89: _push(False),
     ord("J"): _unpack("<i"),
-    ord("K"): _unpack("<B"),
+    ord("K"): Unpickler._binint1,
     ord("M"): _unpack("<H"),
     ord("G"): _unpack(">d"),
     0x8A: lambda self: self._long(1),
     0x8B: lambda self: self._long(4),
-    ord("X"): lambda self: self._string(4),
-    0x8C: lambda self: self._string(1),
-    0x8D: lambda self: self._string(8),
+    ord("X"): lambda self: self._string(self._word()),
+    0x8C: lambda self: self._string(self._byte()),
+    0x8D: lambda self: self._string(self._number(8)),
     ord("B"): lambda self: self._new(self._take(self._number(4))),
     ord("C"): lambda self: self._new(self._take(self._number(1))),
     0x8E: lambda self: self._new(self._take(self._number(8))),
     ord(")"): _push(()),
     ord("t"): lambda self: self._new(tuple(self._marked())),
-    0x85: lambda self: self._tuple(1),
-    0x86: lambda self: self._tuple(2),
-    0x87: lambda self: self._tuple(3),
+    0x85: Unpickler._tuple1,
+    0x86: Unpickler._tuple2,
+    0x87: Unpickler._tuple3,
     ord("]"): lambda self: self._new([]),
     ord("a"): lambda self: self._append([self._stack.pop()]),
     ord("e"): lambda self: self._append(self._marked()),
     ord("}"): lambda self: self._new(Table()),
     ord("s"): lambda self: self._setitems([self._stack.pop(), self._stack.pop()][::-1]),
     ord("u"): lambda self: self._setitems(self._marked()),
-    0x8F: lambda self: self._new(Opaque("builtins.set")),
+    0x8F: lambda self: self._new(_SET),
     0x90: Unpickler._opaque_set,
     0x91: Unpickler._frozenset,
     ord("c"): lambda self: self._global(self._line(), self._line()),
@@ -255,11 +287,13 @@ _OPERATIONS: dict[int, Callable[[Unpickler], None]] = {
     ord("R"): Unpickler._reduce,
     0x81: Unpickler._reduce,
     ord("b"): Unpickler._build,
-    ord("q"): lambda self: self._put(self._number(1)),
-    ord("r"): lambda self: self._put(self._number(4)),
+    ord("q"): Unpickler._binput,
+    ord("r"): lambda self: self._put(self._word()),
     0x94: lambda self: self._put(len(self._memo)),
-    ord("h"): lambda self: self._get(self._number(1)),
-    ord("j"): lambda self: self._get(self._number(4)),
+    ord("h"): Unpickler._binget,
+    ord("j"): Unpickler._long_binget,
     ord("Q"): Unpickler._persistent,
 }
 """The opcodes that torch.save emits under protocols 2 to 5 for checkpoints; all others are refused."""
+
+_TABLE = [_OPERATIONS.get(code, Unpickler._refused) for code in range(256)]
