@@ -74,7 +74,7 @@ def parse_bare(content: Content, names: Names) -> Adapter:
     reader = Reader(content, names.rest)
     found = [read_pair(reader, path, weight, specs) for (path, weight), specs in names.pairs.items()]
     modules = tuple(module for module in found if module is not None)
-    merged = merged_state(reader, modules) if len(modules) == len(found) else None
+    merged = merged_state(reader, modules)
     reader.problems.raise_any(content.path)
     warnings = list(names.warnings)
     config = dict(content.config or {})

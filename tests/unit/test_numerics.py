@@ -77,6 +77,26 @@ def test_float64_is_rounded_once_to_every_type(target, x):
     assert note.inexact == (expected != Fraction(x))
 
 
+@pytest.mark.parametrize("target", [*FLOATS[:2], *SMALL])
+@given(bits=words("float32"))
+@modest
+def test_float32_is_rounded_once_to_every_type(target, bits):
+    exact = numerics.values(bits, BY_NAME["float32"])
+    finite = [Fraction(float(x)) if math.isfinite(x) else None for x in exact]
+    expected = [None if x is None else nearest(x, target) for x in finite]
+    made, note = numerics.cast(bits, BY_NAME["float32"], BY_NAME[target], on_overflow="inf")
+    for x, y, found in zip(exact, expected, numerics.values(made, BY_NAME[target]), strict=True):
+        if math.isnan(x):
+            assert math.isnan(found)
+        elif y is None:
+            assert abs(found) == math.inf or math.isnan(found)
+        else:
+            assert Fraction(float(found)) == y
+    assert note.elements == bits.size
+    if not np.isinf(exact).any():
+        assert note.overflowed == sum(y is None and x is not None for x, y in zip(finite, expected, strict=True))
+
+
 def test_double_rounding_case_that_libraries_get_wrong():
     x = 1.0 + 2.0**-8 + 2.0**-40  # just above a bfloat16 tie; float32 first makes it a tie, which falls to even
     made, _ = numerics.cast(bits_of([x], "float64"), BY_NAME["float64"], BY_NAME["bfloat16"])
