@@ -187,8 +187,15 @@ class Written:
 class Dialect(Protocol):
     """Spell an adapter in one project's names and config."""
 
-    name: str
-    framework: Literal["torch", "mindspore"]
+    @property
+    def name(self) -> str:
+        """Registry name."""
+        ...
+
+    @property
+    def framework(self) -> Literal["torch", "mindspore"]:
+        """The framework whose files the dialect is written in."""
+        ...
 
     def detect(self, content: Content) -> str | None:
         """Return what gives this dialect away, one clause, or None. At most one dialect claims a file by itself."""

@@ -5,6 +5,7 @@
 | factors | ``P.lora_A``, ``P.lora_B`` | as loralib; convolutions also in peft's form |
 | DoRA magnitude | ``P.lora_magnitude_vector`` | ``[out]``, conv ``[1, out, 1, ...]`` |
 | bias of B | ``P.lora_bias`` | ``[out]`` |
+| trained token rows | ``P.trainable_tokens`` | ``[n, dim]``; the config lists which rows |
 | fused input projection of attention | ``P.in_proj_lora_A`` and so on | the delta is added to ``P.in_proj_weight`` |
 
 peft's form of a convolution is ``A[r, in, *k]``, ``B[out, r/groups, 1, ...]``; loralib's is ``A[r*k, in*k]``,

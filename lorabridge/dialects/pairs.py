@@ -21,6 +21,9 @@ from .optimizer import training_state
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DataParallel and torch.compile put before every name."""
 
+TOKENS = "trainable_tokens"
+"""Last component under which loralib-ms keeps peft's trained token rows; config says which rows they are."""
+
 
 class Problems:
     """Collect what is wrong with a file, so that one error names everything."""
@@ -163,8 +166,8 @@ def extras(content: Content, rest: Mapping[str, TensorSpec], modules: Sequence[L
         if owner is not None and owner in conv:
             path = owner
         kind: ExtraKind = "base" if full or not modules else "modules_to_save"
-        if path.endswith("token_adapter") or parameter.startswith("trainable_tokens"):
-            kind = "trainable_tokens"
+        if parameter == TOKENS:
+            parameter, kind = "weight", "trainable_tokens"
         elif not full and parameter.endswith("bias"):
             kind = "bias"
         out.append(Extra(path, parameter, read(spec), kind))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..axes import Expr
 from .adapter import Adapter, Extra, Fact, Facts, LoraModule, Value
+from .pairs import TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,8 @@ def spell_extras(extras: Iterable[Extra], *, below_conv: Collection[str] = ()) -
     for extra in extras:
         below = extra.path in below_conv and extra.parameter in ("weight", "bias")
         dot = f"{extra.path}." if extra.path else ""
-        out.append((f"{dot}conv.{extra.parameter}" if below else extra.name, extra.value))
+        tokens = f"{dot}{TOKENS}" if extra.kind == "trainable_tokens" else extra.name
+        out.append((f"{dot}conv.{extra.parameter}" if below else tokens, extra.value))
     return out
 
 

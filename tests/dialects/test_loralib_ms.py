@@ -71,14 +71,22 @@ def strip(adapter):
 def test_everything_is_written_and_read_again_from_its_own_facts():
     adapter = Adapter(
         tuple(everything()),
-        (Extra("head", "weight", tensor(3, 4), "modules_to_save"), Extra("fc", "bias", tensor(6), "bias")),
+        (
+            Extra("head", "weight", tensor(3, 4), "modules_to_save"),
+            Extra("fc", "bias", tensor(6), "bias"),
+            Extra("emb", "weight", tensor(2, 5), "trainable_tokens"),
+        ),
+        {"trainable_token_indices": {"emb": [3, 7]}},
     )
     tensors, made = written(MS, adapter, TENSORS)
     expected = {"fc.lora_A", "dora.lora_magnitude_vector", "dora.lora_bias", "qkv.lora_B"}
     assert expected | {"mha.in_proj_lora_A", "mha.in_proj_lora_magnitude_vector"} <= set(tensors)
     again = read_again(made, tensors)
     assert strip(again) == strip(adapter)
-    assert {(e.name, e.kind) for e in again.extras} == {("head.weight", "modules_to_save"), ("fc.bias", "bias")}
+    assert {(e.name, e.kind) for e in again.extras} == {
+        ("head.weight", "modules_to_save"), ("fc.bias", "bias"), ("emb.weight", "trainable_tokens"),
+    }  # fmt: skip
+    assert again.config == adapter.config
     repeated, _ = written(MS, again, tensors)
     assert list(repeated) == list(tensors)
     assert all(torch.equal(repeated[name], tensors[name]) for name in tensors)
