@@ -58,8 +58,8 @@ class Peft:
         )
 
     def write(self, adapter: Adapter, facts: Facts) -> Written:
-        """Spell an adapter as peft does; peft's names and config hold everything, so ``facts`` have no say."""
-        return write(adapter)
+        """Spell an adapter as peft does; see :func:`lorabridge.dialects.peft_write.write`."""
+        return write(adapter, facts)
 
 
 PEFT = Peft()

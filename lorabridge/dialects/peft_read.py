@@ -40,6 +40,7 @@ class Reader:
     attention: set[str] = field(default_factory=set)
     adapted: set[str] = field(default_factory=set)
     without_alpha: list[str] = field(default_factory=list)
+    overruled: dict[str, str] = field(default_factory=dict)
 
     def modules(self) -> tuple[LoraModule, ...]:
         """Pair the factors, sorted by module path."""
@@ -110,28 +111,27 @@ class Reader:
             self.issues.append(f"{path}: {what} has shape {spec.shape}, not {shape}")
 
     def _scaling(self, path: str, rank: int) -> Scaling:
-        """Return alpha and rank from the config, or from facts where there is none; both must agree."""
+        """Return alpha and rank from the config, which must be right about the rank, else alpha from facts."""
         settings, parent = self.settings, path.removesuffix(".out_proj")
         key = parent if parent in self.attention else path  # peft configures the attention's out_proj by its parent
-        for source, rank_said in (
-            ("adapter_config.json", settings.rank_of(key)),
-            ("the rank given", self.content.facts.get(path, "rank")),
-        ):
-            if rank_said is not None and rank_said != rank:
-                self.issues.append(f"{path}: the factors have rank {rank}, {source} says {rank_said}")
-        alpha = self._agreed(path, "alpha", settings.alpha_of(key))
-        rslora = self._agreed(path, "use_rslora", settings.rslora if settings.config is not None else None)
+        said = settings.rank_of(key)
+        if said is not None and said != rank:
+            self.issues.append(f"{path}: the factors have rank {rank}, adapter_config.json says {said}")
+        alpha = self._stated(path, "alpha", settings.alpha_of(key))
+        rslora = self._stated(path, "use_rslora", settings.rslora if settings.config is not None else None)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float):
             self.without_alpha.append(path)
             alpha = 0
         return Scaling(float(alpha), rank, bool(rslora))
 
-    def _agreed(self, path: str, fact: str, configured: Value) -> Value:
-        """Return what the config or a fact says; both may say the same, not different things."""
+    def _stated(self, path: str, fact: str, configured: Value) -> Value:
+        """Return what the config says, else a fact; a fact that differs is a choice for the target, or a mistake."""
         given = self.content.facts.get(path, fact)
-        if configured is not None and given is not None and configured != given:
-            self.issues.append(f"{path}: {fact} {given} was given, adapter_config.json says {configured}")
-        return given if configured is None else configured
+        if configured is None:
+            return given
+        if given is not None and given != configured:
+            self.overruled.setdefault(fact, f"{fact}={given} does not apply: adapter_config.json says {configured}")
+        return configured
 
     def _orders(self, modules: tuple[LoraModule, ...]) -> list[bool | None]:
         """Return each module's fan_in_fan_out.
@@ -237,7 +237,8 @@ class Reader:
             )
 
     def finish(self, modules: tuple[LoraModule, ...]) -> None:
-        """Raise what was found: problems first, then a missing alpha, then the absence of any module."""
+        """Raise what was found: problems first, then the absence of any module, then a missing alpha."""
+        self.warnings += self.overruled.values()
         if self.issues:
             raise MappingError(
                 f"the adapter does not fit together in {len(self.issues)} places",

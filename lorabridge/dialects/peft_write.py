@@ -8,25 +8,27 @@ from dataclasses import dataclass, replace
 
 from ..axes import Expr, zeros
 from ..errors import MappingError
-from .adapter import Adapter, Extra, LoraModule, Value, Written
+from .adapter import Adapter, Extra, Facts, LoraModule, Value, Written
 from .peft_config import DEFAULTS, changes_base, read_settings, selected
 from .peft_scaling import scaling_fields
 
 PREFIX = "base_model.model."
 
 
-def write(adapter: Adapter) -> Written:
+def write(adapter: Adapter, facts: Facts) -> Written:
     """Return peft's tensors, sorted by name, and its config; MappingError lists what peft cannot express.
 
     Modules of several terms and loralib's conv factors become single pairs of a higher rank, exactly, which the notes
-    say. Fields of ``adapter.config`` that still describe the adapter are kept as they are.
+    say; a higher ``rank`` in ``facts`` pads with zeros. Fields of ``adapter.config`` that still describe the adapter
+    are kept as they are; who drops modules calls :func:`of_part` first.
     """
-    modules, notes = _pairs(adapter)
+    modules, notes = _pairs(adapter, facts)
     _refuse(modules, adapter.extras)
     modules, filled = _with_bias(modules)
     spelling = _Spelling.of(modules, adapter.extras)
     tensors = [item for module in modules for item in spelling.factors(module)]
     tensors += [(spelling.extra(extra), extra.value) for extra in adapter.extras]
+    _refuse_twins([name for name, _ in tensors])
     fields, scaled = scaling_fields(modules, spelling.attention, adapter.config)
     config: dict[str, Value] = {**DEFAULTS, **adapter.config, "peft_type": "LORA", **fields}
     config.update(_flags(modules, adapter))
@@ -35,13 +37,34 @@ def write(adapter: Adapter) -> Written:
     return Written(sorted(tensors, key=lambda item: item[0]), config, notes=(*notes, *filled, *scaled))
 
 
-def _pairs(adapter: Adapter) -> tuple[list[LoraModule], list[str]]:
+def of_part(adapter: Adapter) -> Adapter:
+    """Return an adapter of which modules or extras were dropped, its config without what selected them.
+
+    peft fails to load a config that names whole modules or trained tokens which the file lacks, and starts new factors
+    in modules that it targets. The heads of classification tasks are named by peft itself, so ``task_type`` goes too
+    when a head is gone.
+    """
+    kinds = {extra.kind for extra in adapter.extras}
+    config = dict(adapter.config)
+    gone = ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"]
+    if "trainable_tokens" not in kinds:
+        gone.append("trainable_token_indices")
+    if "modules_to_save" not in kinds and config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+        gone.append("task_type")
+    config.update({name: None for name in gone if name in config})
+    return replace(adapter, config=config)
+
+
+def _pairs(adapter: Adapter, facts: Facts) -> tuple[list[LoraModule], list[str]]:
     """Make every module one pair of factors, and say where the rank grew."""
-    from .factors import single_pair
+    from .factors import pad_rank, single_pair
 
     modules, notes = [], []
     for module in adapter.modules:
         pair = single_pair(module, "peft")
+        wanted = facts.get(module.path, "rank")
+        if isinstance(wanted, int) and wanted > pair.terms[0].rank:
+            pair = pad_rank(pair, wanted)
         modules.append(pair)
         before, after = [term.rank for term in module.terms], pair.terms[0].rank
         if before != [after]:
@@ -101,6 +124,16 @@ def _with_bias(modules: Sequence[LoraModule]) -> tuple[list[LoraModule], list[st
             notes.append(f"{module.path}: lora_B got a bias of zeros")
         filled.append(module)
     return filled, notes
+
+
+def _refuse_twins(names: Sequence[str]) -> None:
+    twins = [name for name, count in Counter(names).items() if count > 1]
+    if twins:
+        raise MappingError(
+            f"{len(twins)} names would hold two tensors each: a module is both saved in full and part of the base",
+            where=twins,
+            hint="leave one of them out with --exclude",
+        )
 
 
 @dataclass(frozen=True, slots=True)

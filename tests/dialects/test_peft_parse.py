@@ -246,10 +246,11 @@ def test_config_without_alpha_is_completed_by_a_fact_not_by_a_default() -> None:
     assert PEFT.write(adapter, Facts()).config["lora_alpha"] == 12
 
 
-def test_facts_that_contradict_config_or_factors_are_refused() -> None:
-    assert any("alpha 16 was given" in p for p in refusal(tensors(), CONFIG, Fact("*", "alpha", 16)).where)
-    assert any("rank given says 8" in p for p in refusal(tensors(), CONFIG, Fact("*", "rank", 8)).where)
-    assert parse(tensors(), CONFIG, Fact("*", "alpha", 8), Fact("*", "rank", 4)) == parse(tensors())
+def test_the_config_overrules_facts_and_says_so() -> None:
+    adapter = parse(tensors(), CONFIG, Fact("*", "alpha", 16), Fact("*", "rank", 8))
+    assert {(m.scaling.alpha, m.scaling.rank) for m in adapter.modules} == {(8, 4)}
+    assert adapter.warnings == ("alpha=16 does not apply: adapter_config.json says 8",)
+    assert parse(tensors(), CONFIG, Fact("*", "alpha", 8)).warnings == ()
 
 
 def test_rows_of_trained_tokens_must_be_those_of_the_config() -> None:

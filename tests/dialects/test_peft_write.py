@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from peft_models import CASES, SIZE, Case, Dense, content, load, save, save_written, tensors_of
 
 from lorabridge.axes import Read, read, zeros
-from lorabridge.dialects.adapter import Adapter, Extra, Facts, LoraModule, Scaling, Term
+from lorabridge.dialects.adapter import Adapter, Extra, Fact, Facts, LoraModule, Scaling, Term
 from lorabridge.dialects.peft import PEFT
 from lorabridge.dialects.peft_scaling import exact_alpha
+from lorabridge.dialects.peft_write import of_part
 from lorabridge.dtypes import BY_NAME
 from lorabridge.errors import MappingError
 from lorabridge.tensors import TensorSpec
@@ -243,3 +244,34 @@ def test_targets_that_no_longer_fit_are_replaced_by_full_paths(tmp_path: Path) -
     assert written.config["target_modules"] == ["layers.0.k"]
     assert written.config["layers_to_transform"] is None
     assert written.config["lora_dropout"] == config["lora_dropout"]
+
+
+def test_a_higher_rank_is_padded_without_changing_outputs(tmp_path: Path) -> None:
+    case = CASES["grouped conv"]
+    model = case.adapted()
+    tensors, config = save(model, tmp_path / "peft")
+    adapter = PEFT.parse(content(tensors, config))
+    written = PEFT.write(adapter, Facts((Fact("*", "rank", 8),)))
+    assert (written.config["r"], written.config["lora_alpha"]) == (8, 16)
+    save_written(written, tensors, tmp_path / "ours")
+    assert torch.allclose(case.output(load(case, tmp_path / "ours")), case.output(model), atol=1e-6)
+    assert PEFT.write(adapter, Facts((Fact("*", "rank", 2),))).config == config
+
+
+def test_two_tensors_for_one_name_are_refused() -> None:
+    both = [Extra("head", "weight", zeros(F32, (3, SIZE)), kind) for kind in ("base", "modules_to_save")]
+    with pytest.raises(MappingError, match="two tensors each"):
+        PEFT.write(Adapter((module("a"),), tuple(both)), Facts())
+
+
+@pytest.mark.parametrize("name", ["bert", "transformed layers", "trainable tokens", "modules_to_save", "regex target"])
+def test_a_part_of_an_adapter_loads_without_the_rest(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    tensors, config = save(case.adapted(), tmp_path / "peft")
+    adapter = PEFT.parse(content(tensors, config))
+    part = of_part(replace(adapter, modules=adapter.modules[-1:], extras=()))
+    written = PEFT.write(part, Facts())
+    save_written(written, tensors, tmp_path / "ours")
+    loaded = load(case, tmp_path / "ours")
+    wrapped = [path for path, layer in loaded.named_modules() if hasattr(layer, "lora_A")]
+    assert wrapped == [f"base_model.model.{adapter.modules[-1].path}"]
