@@ -115,7 +115,9 @@ class _Work:
         if all(Index(self.table, self.to, self.table.prefix(self.to).answers).find(name) for name in given):
             problem = f"every name is already on the {self.to} side of the table {self.table.family}"
             self.hints["convert in the other direction, or use --family identity to keep the names"] = None
-        raise MappingError(problem, where=self.problems, hint="; ".join(self.hints) or "see lorabridge tables show")
+        raise MappingError(
+            problem, where=self.problems, hint="; ".join(self.hints) or f"lorabridge tables show {self.table.family}"
+        )
 
 
 def _find(work: _Work, index: Index, name: str, modules: bool) -> tuple[Slot | Tied | Buffer, Mapping[str, int]] | None:

@@ -86,11 +86,6 @@ class Rule:
         """Say whether the conditions do not contradict the choices made so far."""
         return all(layout.get(key, choice) == choice for key, choice in self.when)
 
-    def excludes(self, when: tuple[tuple[str, str], ...]) -> bool:
-        """Say whether the conditions contradict others."""
-        chosen = dict(when)
-        return any(chosen.get(key, choice) != choice for key, choice in self.when)
-
 
 @dataclass(frozen=True, slots=True)
 class Prefix:

@@ -71,7 +71,7 @@ class Size:
         return tuple(dict.fromkeys(names))
 
     def value(self, sizes: Mapping[str, int] | Callable[[str], int | None]) -> int:
-        """Return the value, at least 1, or ANY; SizeError where fields are missing, a division has a remainder ..."""
+        """Return the value, at least 1, or ANY; SizeError where a field is missing or the value is not a size."""
         if self.free:
             return ANY
         get = sizes if callable(sizes) else sizes.get
