@@ -52,6 +52,8 @@ class Progress:
 
     def _show_bar(self, done: int, total: int) -> None:
         if self._bar is None:
+            if done >= total:
+                return  # over before there was anything to watch
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=self._label, unit="B", unit_scale=True, leave=False, file=sys.stderr)

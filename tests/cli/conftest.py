@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from console import Invoke, Result, clean_environ, factors
 from safetensors.numpy import save_file
 
 from lorabridge.commands._run import run
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Invoke = Callable[..., Result]
 
 
 @pytest.fixture
@@ -55,17 +43,6 @@ def launch() -> Invoke:
         return Result(done.returncode, done.stdout.decode(decode), done.stderr.decode(decode))
 
     return call
-
-
-def clean_environ() -> dict[str, str]:
-    """Return this environment without what would change the output."""
-    dropped = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM", "LANG", "LC_ALL")
-    return {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("LORABRIDGE_")}
-
-
-def factors(rng: np.random.Generator, rank: int = 4, out: int = 6, width: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    a = rng.standard_normal((rank, width)).astype(np.float32)
-    return a, rng.standard_normal((out, rank)).astype(np.float32)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import Invoke, clean_environ
+from console import Invoke, clean_environ
 
 from lorabridge.commands import COMMANDS
 from lorabridge.commands._group import Command, Group, cli, did_you_mean

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
+import struct
+import subprocess
 import sys
+import termios
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import Invoke
+from console import Invoke, clean_environ
+from safetensors.numpy import save_file
 
 from lorabridge.commands import _progress, _terminal
 from lorabridge.commands._progress import Progress
@@ -140,3 +147,51 @@ def test_progress_can_be_off(clock: list[float], capsys: pytest.CaptureFixture[s
         clock[0] += 1000
         progress(1, 2)
     assert capsys.readouterr().err == ""
+
+
+def on_a_terminal(*args: object, **environ: str) -> str:
+    """Return what a run prints when stdout and stderr are a terminal."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lorabridge", *(str(arg) for arg in args)],
+            stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=clean_environ() | {"TERM": "xterm"} | environ,
+        )  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        while chunk := read_terminal(ours):
+            shown += chunk
+        process.wait(timeout=60)
+        return shown.decode()
+    finally:
+        os.close(ours)
+
+
+def read_terminal(number: int) -> bytes:
+    try:
+        return os.read(number, 65536)
+    except OSError:  # Linux: the last writer has gone
+        return b""
+
+
+def test_a_terminal_gets_colours_and_a_bar(peft_dir: Path, tmp_path: Path) -> None:
+    assert "\x1b[31;1merror: \x1b[0mno such file" in on_a_terminal("inspect", "/nowhere")
+    assert "\x1b[" not in on_a_terminal("inspect", "/nowhere", NO_COLOR="1")
+    assert "\x1b[" not in on_a_terminal("inspect", "/nowhere", TERM="dumb")
+    assert "converting:" not in on_a_terminal("convert", peft_dir, tmp_path / "a.ckpt")  # too short to watch
+    save_file({f"{i}.weight": np.ones((1000, 1000), np.float32) for i in range(20)}, tmp_path / "m.safetensors")
+    cast = ("convert", tmp_path / "m.safetensors", "--family", "identity", "--dtype", "bf16")
+    assert "converting:" in on_a_terminal(*cast, tmp_path / "b.ckpt")
+    assert "converting:" not in on_a_terminal(*cast, tmp_path / "c.ckpt", "--no-progress")
+    assert "converting:" not in on_a_terminal(*cast, tmp_path / "d.ckpt", "--quiet")
+
+
+def test_on_a_terminal_an_error_document_is_told_once() -> None:
+    shown = on_a_terminal("inspect", "/nowhere", "--json").replace("\r\n", "\n")
+    assert json.loads(shown)["error"]["code"] == "input"
+
+
+def test_a_narrow_terminal_gets_a_list(peft_dir: Path) -> None:
+    shown = on_a_terminal("inspect", peft_dir, COLUMNS="40")
+    assert "layer.0.query\r\n  kind linear, rank 4," in shown

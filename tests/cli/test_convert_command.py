@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Invoke, clean_environ
+from console import Invoke, clean_environ
 from safetensors.numpy import load_file
 
 from lorabridge.actions import convert as action

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Invoke, factors
+from console import Invoke, factors
 from safetensors.numpy import load_file, save_file
 
 from lorabridge.actions.inspect import inspect
