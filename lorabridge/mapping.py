@@ -112,7 +112,8 @@ class _Work:
         if not self.problems:
             return
         problem = f"{len(self.problems)} of {len(given)} names do not fit the table {self.table.family}"
-        if all(Index(self.table, self.to, self.table.prefix(self.to).answers).find(name) for name in given):
+        there = Index(self.table, self.to, self.table.prefix(self.to).answers)
+        if all(there.find(name) for name in given):
             problem = f"every name is already on the {self.to} side of the table {self.table.family}"
             self.hints["convert in the other direction, or use --family identity to keep the names"] = None
         raise MappingError(
