@@ -7,6 +7,7 @@ import itertools
 import os
 import threading
 import time
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -365,6 +366,26 @@ def test_running_tasks_hold_no_more_than_the_memory_given(tmp_path):
         run(source, plan, tmp_path / "out", workers=8, memory=memory)
         assert peak[0] <= most
     assert peak[0] > 2
+
+
+def test_a_stack_of_transposed_experts_never_holds_more_than_one_and_a_block(tmp_path):
+    size = 1 << 20
+    source = RawSource(tmp_path / "in", {f"e{i}": np.ones((512, size // 2048), np.uint32) for i in range(12)})
+    parts = [axes.reshape(axes.transpose(axes.read(s)), (1, size // 2048, 512)) for s in source.specs.values()]
+    plan = build(source.specs, [("stack", axes.join(parts))])
+    assert plan.step_bytes(plan.steps[0]) == 12 * size
+    with Staging(tmp_path / "out", digest=plan.digest, overwrite=True, directory=False) as staging:
+        sink = RawSink(staging.create("out"))
+        execute.run(plan, source, sink, kernels=lambda name: {}, metadata={}, workers=1)  # imports
+        tracemalloc.start()
+        execute.run(plan, source, sink2(staging), kernels=lambda name: {}, metadata={}, workers=1)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 2.5 * size
+
+
+def sink2(staging: Staging) -> RawSink:
+    return RawSink(staging.create("again"))
 
 
 def test_progress_rises_to_the_total_and_is_called_one_at_a_time(tmp_path):
