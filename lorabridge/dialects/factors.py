@@ -229,24 +229,25 @@ def _side(module: LoraModule) -> int:
 
 
 def conv_to_peft(module: LoraModule) -> LoraModule:
-    """Refactor loralib's conv delta as a convolution of full kernel size followed by a 1 x 1 convolution.
+    """Refactor loralib's conv delta as a convolution of full kernel size followed by a pointwise one; exact.
 
     loralib 0.1.2 adds ``(b @ a).view(out, in / groups, k, k)`` with ``a[r*k, in*k]``, ``b[out/groups*k, r*k]``. Read
     row by row, ``delta[o]`` is the concatenation over j < k/groups of ``b[o*k/groups + j] @ a``, which is row ``o`` of
-    ``[b_0|b_1|...]`` times ``blockdiag(a, a, ...)``: rank ``r*k*k``, exact. Each group has its own share of the rank,
-    on its own input channels. Raises MappingError when groups do not divide the kernel side.
+    ``[b_0|b_1|...]`` times ``blockdiag(a, a, ...)``: rank ``r*k*k``. Each group has its own share of the rank, on its
+    own input channels. In d dimensions (our MindSpore layers) ``b`` has ``k**(d-1)`` rows per output instead of k.
+    Raises MappingError when groups do not divide them.
     """
     if module.conv_form == "peft" or not module.kind.startswith("conv"):
         return module
     side, groups, (term,) = _side(module), module.groups, module.terms
     dims = int(module.kind[4])
-    if (side > 1 and dims != 2) or side % groups:
+    if side ** (dims - 1) % groups:
         raise MappingError(
             f"loralib's {module.kind} factors (kernel {side}, {groups} groups) have no exact pair of conv factors",
             where=module.path,
             hint="merge the adapter into the base first (lorabridge merge)",
         )
-    spread, width = side // groups, term.rank
+    spread, width = side ** (dims - 1) // groups, term.rank
     channels, kernel = term.a.shape[1] // side, (side,) * dims
     diagonal = _block_diagonal(term.a, spread)
     local = reshape(diagonal, (spread * width, channels // groups, *kernel))
@@ -272,48 +273,47 @@ def _on_channels(local: Expr, group: int, groups: int) -> Expr:
     return join([empty(group), local, empty(groups - 1 - group)], 1)
 
 
-def conv_to_loralib(module: LoraModule) -> LoraModule:
-    """Refactor peft's conv factors into loralib's form; exact, of the same rank as loralib counts it.
+def conv_to_loralib(module: LoraModule, *, extended: bool = False) -> LoraModule:
+    """Refactor peft's conv factors into loralib's form; exact, of the same rank in two dimensions.
 
     With ``a[r, in, k, k]`` and ``b[out, r, 1, 1]``: ``a'[(j, rho)] = a.reshape(r, k, in*k)[rho, j]`` and
     ``b'[o*k + i, (j, rho)] = (i == j) * b[o, rho]``. Raises MappingError for what loralib 0.1.2 cannot run: 1d and 3d
-    kernels above 1 (its view fails), oblong kernels, and groups (its delta sees only a group's own channels).
+    kernels above 1 (its view fails; ``extended`` allows them, with ``k**(d-1)`` in the place of k, for our MindSpore
+    layers), oblong kernels, and groups (its delta sees only a group's own channels).
     """
     if module.conv_form == "loralib" or not module.kind.startswith("conv"):
         return module
     side, dims = _side(module), int(module.kind[4])
-    if side > 1 and dims != 2:
+    instead = "choose a dialect with peft's conv factors (peft, or loralib-ms), or merge"
+    if side > 1 and dims != 2 and not extended:
         raise MappingError(
-            f"loralib 0.1.2 itself fails on {module.kind} with kernel {side}",
-            where=module.path,
-            hint="choose a dialect with peft's conv factors (peft, or loralib-ms), or merge",
+            f"loralib 0.1.2 itself fails on {module.kind} with kernel {side}", where=module.path, hint=instead
         )
     if module.groups > 1:
         raise MappingError(
             "peft's factors of a grouped convolution see all input channels, loralib's only their group's",
             where=module.path,
-            hint="choose a dialect with peft's conv factors (peft, or loralib-ms), or merge",
+            hint=instead,
         )
-    (term,) = module.terms
-    rank, columns = term.rank, math.prod(term.a.shape[1:]) // side
-    a = reshape(reorder(reshape(term.a, (rank, side, columns)), (1, 0, 2)), (side * rank, columns))
+    steps = side ** (dims - 1)
+    whole = module.terms[0].rank
+    (term,) = _padded(module, -(-whole // side) * side if dims == 1 else whole)  # a' has a multiple of k rows
+    rank, columns = term.rank, math.prod(term.a.shape[1:]) // steps
+    a = reshape(reorder(reshape(term.a, (rank, steps, columns)), (1, 0, 2)), (steps * rank, columns))
     flat = reshape(term.b, (module.out, rank))
     rows = [
         reshape(
-            join(
-                [
-                    zeros(flat.dtype, (module.out, i * rank)),
-                    flat,
-                    zeros(flat.dtype, (module.out, (side - 1 - i) * rank)),
-                ],
-                1,
-            ),
-            (module.out, 1, side * rank),
+            join([_empty_columns(flat, i), flat, _empty_columns(flat, steps - 1 - i)], 1), (module.out, 1, steps * rank)
         )
-        for i in range(side)
+        for i in range(steps)
     ]
-    b = reshape(join(rows, 1), (module.out * side, side * rank))
-    return replace(module, terms=(Term(a, b, 0, module.out),), conv_form="loralib")
+    b = reshape(join(rows, 1), (module.out * steps, steps * rank))
+    scaling = rescaled(module, steps * rank // side)
+    return replace(module, terms=(Term(a, b, 0, module.out),), scaling=scaling, conv_form="loralib")
+
+
+def _empty_columns(x: Expr, count: int) -> Expr:
+    return zeros(x.dtype, (x.shape[0], count * x.shape[1]))
 
 
 def single_pair(module: LoraModule, dialect: str) -> LoraModule:

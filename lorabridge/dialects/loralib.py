@@ -17,7 +17,7 @@ from ..axes import Expr
 from ..errors import MappingError
 from . import factors
 from .adapter import Adapter, Content, Facts, LoraModule, Written
-from .pairs import Names, Problems, Reader, extras, group, merged_state
+from .pairs import Names, Problems, Reader, extras, group, in_mindspore, merged_state
 from .readings import read_pair
 from .spelling import Spelled, facts_about, spell_extras
 
@@ -51,11 +51,6 @@ class Loralib:
         tensors += spell_extras(adapter.extras, below_conv=conv)
         notes = tuple(note for item in spelled for note in item.notes)
         return Written(tensors, facts=facts_about(adapter, spelled), notes=notes)
-
-
-def in_mindspore(content: Content) -> bool:
-    """Say whether the container is MindSpore's: its .ckpt, or a safetensors file that says ``format: ms``."""
-    return content.metadata.get("container") == "mindspore" or content.metadata.get("format") == "ms"
 
 
 def bare_names(content: Content) -> str | None:

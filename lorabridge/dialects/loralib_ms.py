@@ -9,8 +9,8 @@
 | fused input projection of attention | ``P.in_proj_lora_A`` and so on | the delta is added to ``P.in_proj_weight`` |
 
 peft's form of a convolution is ``A[r, in, *k]``, ``B[out, r/groups, 1, ...]``; loralib's is ``A[r*k, in*k]``,
-``B[out//groups*k, r*k]``. Base parameters keep MindSpore's names (``P.weight``, ``P.embedding_table``). Alpha, rsLoRA,
-kinds, enabled blocks and kernels are facts beside the file.
+``B[out//groups*k, r*k]``, in d dimensions ``B[out//groups * k**(d-1), r*k]``. Base parameters keep MindSpore's names
+(``P.weight``, ``P.embedding_table``). Alpha, rsLoRA, kinds, enabled blocks and kernels are facts beside the file.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Literal
 
 from . import factors
 from .adapter import Adapter, Content, Facts, LoraModule, Written
-from .loralib import bare_names, in_mindspore, named, parse_bare, spell_pair
-from .pairs import group
+from .loralib import bare_names, named, parse_bare, spell_pair
+from .pairs import group, in_mindspore
 from .spelling import Spelled, facts_about, spell_extras
 
 PARTS = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "magnitude", "lora_bias": "bias"}
@@ -59,7 +59,7 @@ def _spell(module: LoraModule, facts: Facts) -> Spelled:
     if form == "peft":
         module = factors.conv_to_peft(module)
     elif form == "loralib":
-        module = factors.conv_to_loralib(module)
+        module = factors.conv_to_loralib(module, extended=True)
     item = spell_pair(module, facts)
     beside = {"lora_magnitude_vector": module.magnitude, "lora_bias": module.lora_bias}
     extra = named(module, {name: expr for name, expr in beside.items() if expr is not None})

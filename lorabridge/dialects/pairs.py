@@ -103,6 +103,11 @@ class Reader:
         return Scaling(0.0, rank)
 
 
+def in_mindspore(content: Content) -> bool:
+    """Say whether the container is MindSpore's: its .ckpt, or a safetensors file that says ``format: ms``."""
+    return content.metadata.get("container") == "mindspore" or content.metadata.get("format") == "ms"
+
+
 def flag(fact: str) -> str:
     """Return the option that states a fact."""
     return "--" + fact.replace("_", "-")

@@ -10,7 +10,7 @@ from ..axes import ShapeError, read
 from ..tensors import TensorSpec
 from . import factors
 from .adapter import LoraModule, ModuleKind, Term
-from .pairs import Reader, flag, weight_names
+from .pairs import Reader, flag, in_mindspore, weight_names
 
 KINDS = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
 EMBEDDING_WORDS = ("emb", "wte", "wpe")
@@ -42,7 +42,9 @@ def _kind(reader: Reader, path: str, specs: Specs, base: TensorSpec | None) -> M
         reader.problems.add(f"unknown kind {stated!r}", path, f"correct --kind: one of {', '.join(KINDS)}")
         return None
     dot = f"{path}." if path else ""
-    axes = max(len(specs["a"].shape), len(base.shape) if base else 0)
+    axes = len(specs["a"].shape)
+    if axes == 2 and base is not None:
+        axes = len(base.shape)
     if axes > 5:
         reader.problems.add(f"{axes} axes are more than a convolution has", path, "check the file")
         return None
@@ -213,30 +215,29 @@ def _mask(reader: Reader, path: str, count: int, rows: int, outs: set[int]) -> t
 def _loralib_conv(
     reader: Reader, path: str, kind: ModuleKind, specs: Specs, base: TensorSpec | None
 ) -> LoraModule | None:
-    """Read ``A[r*k, in*k]``, ``B[out/groups*k, r*k]`` with k from the base weight or a fact."""
+    """Read ``A[r*k, in*k]``, ``B[out/groups * k**(d-1), r*k]`` with k from the base weight or a fact."""
     dims, a, b = int(kind[4]), specs["a"].shape, specs["b"].shape
     kernel = base.shape[2:] if base is not None else _stated_kernel(reader, path)
     if kernel is None:
         reader.problems.add("the kernel size is not stored in the file", path, "give it with --kernel-size")
         return None
+    if dims == 1 and len(kernel) == 2 and kernel[0] == 1:
+        kernel = kernel[1:]  # MindSpore stores 1d kernels as [out, in, 1, k]
     if len(set(kernel)) != 1 or len(kernel) not in (1, dims):
         reader.problems.add(f"kernel {list(kernel)} is none of loralib's", path, f"correct {flag('kernel_size')}")
         return None
-    side = kernel[0]
-    groups = reader.number(path, "groups") or 1
+    side, ours = kernel[0], in_mindspore(reader.content)
+    if side > 1 and dims != 2 and not ours:
+        told = f"loralib's factorization is not defined for {kind} with kernel {side}"
+        reader.problems.add(told, path, "check --kind and --kernel-size")
+        return None
+    groups, steps = reader.number(path, "groups") or 1, side ** (dims - 1)
     if base is not None and base.shape[1]:
         groups = a[1] // side // base.shape[1]
-    fits = len(b) == 2 and groups and not (a[0] % side or a[1] % (side * groups) or b[0] % side) and b[1] == a[0]
-    out = b[0] // side * groups
+    fits = len(b) == 2 and groups and not (a[0] % side or a[1] % (side * groups) or b[0] % steps) and b[1] == a[0]
+    out = b[0] // steps * groups
     if not fits or (base is not None and base.shape[:2] != (out, a[1] // side // groups)):
         _misfit(reader, path, specs, base)
-        return None
-    if side > 1 and dims != 2:
-        reader.problems.add(
-            f"loralib's factorization is not defined for {kind} with kernel {side}",
-            path,
-            "check --kind and --kernel-size",
-        )
         return None
     return _module(
         path, kind, out, _whole(specs, out), specs, scaling=reader.scaling(path, a[0] // side),

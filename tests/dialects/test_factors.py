@@ -20,6 +20,7 @@ from lorabridge import axes
 from lorabridge.dialects import factors
 from lorabridge.dialects.adapter import LoraModule, Scaling, Term
 from lorabridge.dialects.loralib import Loralib
+from lorabridge.dialects.loralib_ms import LoralibMs
 from lorabridge.dtypes import BY_NAME
 from lorabridge.errors import MappingError
 from lorabridge.tensors import TensorSpec
@@ -343,6 +344,29 @@ def test_padding_loralib_conv_factors_counts_ranks_as_loralib_does():
     assert padded.terms[0].a.shape == (12, 6)
     parts = evaluated([("a", padded.terms[0].a), ("b", padded.terms[0].b)], state)
     torch.testing.assert_close((parts["b"] @ parts["a"]).view(wanted.shape) * padded.scaling.value, wanted)
+
+
+@pytest.mark.parametrize(
+    ("conv", "kind"), [(nn.Conv1d(3, 4, 3), "conv1d"), (nn.Conv3d(2, 4, 2), "conv3d"), (nn.Conv1d(3, 4, 2), "conv1d")]
+)
+def test_our_layers_extend_loralibs_form_to_other_dimensions(conv, kind):
+    """The delta stays ``(b @ a).view(weight.shape)``, with as many rows of b as that needs."""
+    made, tensors = peft_conv(conv, 2)
+    wanted = made.get_delta_weight("default").detach()
+    turned = factors.conv_to_loralib(peft_module(tensors, tuple(conv.kernel_size), kind=kind), extended=True)
+    side = conv.kernel_size[0]
+    parts = evaluated([("m.lora_A", turned.terms[0].a), ("m.lora_B", turned.terms[0].b)], tensors)
+    assert parts["m.lora_A"].shape == (turned.scaling.rank * side, conv.in_channels * side)
+    delta = (parts["m.lora_B"] @ parts["m.lora_A"]).view(conv.weight.shape) * turned.scaling.value
+    torch.testing.assert_close(delta, wanted, rtol=1e-13, atol=1e-13)
+    rows = [("alpha", turned.scaling.alpha), ("kind", kind), ("kernel_size", side)]
+    (read,) = LoralibMs().parse(content(parts, *rows, container="mindspore")).modules
+    back = factors.conv_to_peft(read)
+    again = evaluated([("a", back.terms[0].a), ("b", back.terms[0].b)], parts)
+    product = (again["b"].flatten(1) @ again["a"].flatten(1)).view(wanted.shape) * back.scaling.value
+    torch.testing.assert_close(product, wanted, rtol=1e-13, atol=1e-13)
+    with pytest.raises(MappingError, match="not defined for"):
+        Loralib().parse(content(parts, *rows))
 
 
 def test_compressing_a_grown_convolution_brings_the_rank_back():
