@@ -184,6 +184,8 @@ def join(parts: Sequence[Expr], axis: int = 0) -> Expr:
     if not parts:
         raise ShapeError("nothing to join")
     first = parts[0]
+    if not 0 <= axis < len(first.shape):
+        raise ShapeError(f"shape {first.shape} has no axis {axis}")
     for part in parts:
         same = [n for i, n in enumerate(part.shape) if i != axis] == [n for i, n in enumerate(first.shape) if i != axis]
         if part.dtype != first.dtype or len(part.shape) != len(first.shape) or not same:
@@ -305,7 +307,7 @@ def byte_ranges(expr: Expr) -> list[tuple[str, int, int]] | None:
     if isinstance(expr, Reshape):
         return byte_ranges(expr.x)
     if isinstance(expr, Join):
-        if math.prod(expr.shape[: expr.axis]) != 1:
+        if math.prod(expr.shape[: expr.axis]) != 1 or any(math.prod(p.shape) * p.dtype.bits % 8 for p in expr.parts):
             return None
         inner = [byte_ranges(part) for part in expr.parts]
         return None if None in inner else [r for ranges in inner if ranges for r in ranges]
@@ -346,6 +348,7 @@ def invert(outputs: Mapping[str, Expr]) -> Inverse:
     """Derive every source tensor from the outputs, without looking at data."""
     found: dict[str, Expr] = {}
     pieces: dict[Expr, dict[tuple[int, int, int], Expr]] = {}
+    spare: list[Expr] = []  # what some output repeats if the source is found without it
     redundant = False
     todo: list[tuple[Expr, Expr]] = [
         (expr, Read(name, expr.dtype, expr.shape)) for name, expr in outputs.items()
@@ -374,30 +377,41 @@ def invert(outputs: Mapping[str, Expr]) -> Inverse:
                 params = tuple((k, arg.dtype.name if k == "dtype" else v) for k, v in node.params)
                 back = Compute(node.inverse, (value,), params, node.kernel, arg.dtype, arg.shape)
                 todo.append((arg, back))
+            else:
+                spare.append(node)
         else:
             seen = pieces.setdefault(node.x, {})
             redundant |= (node.axis, node.start, node.stop) in seen
             seen.setdefault((node.axis, node.start, node.stop), value)
-            whole = _cover(node.x, seen)
+            whole, used = _cover(node.x, seen)
             if whole is not None:
+                spare += [node.x] if sum(stop > start for _, start, stop in seen) > used else []
                 pieces[node.x] = {}
                 todo.append((node.x, whole))
+    spare += [x for x, seen in pieces.items() if any(stop > start for _, start, stop in seen)]
+    redundant |= any(all(name in found for name in reads(x)) for x in spare)
     lost = sorted({name for expr in outputs.values() for name in reads(expr)} - set(found))
     return Inverse(found, tuple(lost), redundant)
 
 
-def _cover(x: Expr, seen: Mapping[tuple[int, int, int], Expr]) -> Expr | None:
+def _cover(x: Expr, seen: Mapping[tuple[int, int, int], Expr]) -> tuple[Expr | None, int]:
+    """Put a tensor together from intervals of one axis; also say how many were needed, 0 where some overlap."""
     for axis in {key[0] for key in seen}:
-        parts = sorted((start, stop, i) for i, (a, start, stop) in enumerate(seen) if a == axis)
-        values = list(seen.values())
-        at, chosen = 0, []
-        for start, stop, i in parts:
-            if start == at:
-                chosen.append(values[i])
-                at = stop
+        at, chosen, overlap = 0, [], False
+        parts = sorted((start, stop) for a, start, stop in seen if a == axis)
+        reach = (0, 0)
+        for start, stop in [*parts, (x.shape[axis] + 1, 0)]:
+            while start > at < reach[1]:  # the longest interval that begins at or before this place
+                value = seen[(axis, *reach)]
+                chosen.append(cut(value, axis, at - reach[0], reach[1] - reach[0]))
+                overlap |= reach[0] < at
+                at = reach[1]
+            if start > at:
+                break
+            reach = max(reach, (start, stop), key=lambda part: part[1])
         if at == x.shape[axis]:
-            return join(chosen, axis)
-    return None
+            return join(chosen, axis), 0 if overlap else len(chosen)
+    return None, 0
 
 
 def substitute(expr: Expr, given: Mapping[str, Expr]) -> Expr:
@@ -410,6 +424,8 @@ def substitute(expr: Expr, given: Mapping[str, Expr]) -> Expr:
         return join([substitute(part, given) for part in expr.parts], expr.axis)
     if isinstance(expr, Compute):
         args = tuple(substitute(arg, given) for arg in expr.args)
+        if expr.kernel == "unscale" and _undoes(expr, args[0]):
+            return children(args[0])[0]
         if expr.kernel == "cast" and len(args) == 1:
             policy = dict(expr.params).get("on_overflow", "error")
             return cast(args[0], expr.dtype, on_overflow=str(policy))
@@ -420,3 +436,12 @@ def substitute(expr: Expr, given: Mapping[str, Expr]) -> Expr:
     if isinstance(expr, Reshape):
         return reshape(x, expr.shape)
     return cut(x, expr.axis, expr.start, expr.stop)
+
+
+def _undoes(back: Compute, there: Expr) -> bool:
+    """Say whether a kernel undoes the one before it: with the forward run's residue, bit for bit (see ``numerics``)."""
+    if not isinstance(there, Compute) or len(there.args) != 1 or there.inverse != back.kernel:
+        return False
+    (arg,) = there.args
+    same = [{k: v for k, v in node.params if k != "dtype"} for node in (back, there)]
+    return arg.dtype == back.dtype and same[0] == same[1]
