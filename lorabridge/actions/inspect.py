@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import dialects, formats, tables
@@ -11,6 +11,7 @@ from ..axes import Expr, ShapeError, reads
 from ..dialects.adapter import Adapter, Content, Dialect, Extra, Fact, Facts, LoraModule
 from ..errors import InputError, LorabridgeError
 from ..forward import dialect_named
+from ..manifest import METADATA_KEY, Manifest
 from ..repository import Input, open_input, weights_path
 from ..tensors import TensorSpec
 from .inspect_pairs import loose_pairs
@@ -43,8 +44,16 @@ def inspect(
     problems: list[Problem] = []
     given = _open(Path(path), config, problems)
     try:
-        return _inspect(given, problems, facts=facts, dialect=dialect, norms=norms, module=module, mappings=mappings,
-                        progress=progress)  # fmt: skip
+        guess = _guess(given, facts.then(given.stated), dialect, problems)
+        adapter = _parse(guess.origin, guess.content, problems)
+        modules = tuple(_row(m) for m in adapter.modules) if adapter else loose_pairs(guess.content.specs)
+        read = _factors(adapter, modules, guess.content.specs)
+        modules, factors, wrong = with_values(
+            given.source, modules, read, norms=norms, module=module, progress=progress
+        )
+        families = _families(given, guess.origin, adapter, mappings)
+        found = _describe(given, guess, adapter, modules, (*problems, *wrong))
+        return replace(found, families=tuple(families), factors=factors)
     finally:
         given.source.close()
 
@@ -79,60 +88,64 @@ def _open(path: Path, config: Path | None, problems: list[Problem]) -> Input:
         return Input(path, source, None, None, "", None, UNSTATED, ())
 
 
-def _inspect(
-    given: Input,
-    problems: list[Problem],
-    *,
-    facts: Facts,
-    dialect: str | None,
-    norms: bool,
-    module: str | None,
-    mappings: Path | None,
-    progress: Progress | None,
-) -> InspectReport:
-    facts = facts.then(given.stated)
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """Which dialect a file is read in, why, which others claim it, and the manifest that describes it."""
+
+    origin: Dialect
+    name: str | None
+    why: str
+    candidates: tuple[tuple[str, str], ...]
+    content: Content
+    kept: Manifest | None
+
+
+def _guess(given: Input, facts: Facts, dialect: str | None, problems: list[Problem]) -> _Guess:
     kept = given.manifest
     if kept is not None and not kept.describes(given.source.specs):
         problems.append(Problem("the manifest describes other tensors", hint="a conversion will ignore it"))
         kept = None
     content = given.content(facts.then(kept.facts) if kept is not None else facts)
     found = tuple(dialects.detect(content)) if kept is None else ()
-    name, why = (dialect, "as you say") if dialect else (kept.target.dialect, "the manifest says so") if kept else (
-        found[0] if found else (None, "")
-    )  # fmt: skip
-    if not dialect and kept is None and len(found) > 1:
-        problems.append(Problem("the file fits several dialects", tuple(f"{n}: {w}" for n, w in found),
-                                "choose one with --from"))  # fmt: skip
-    origin = dialect_named(name) if name else _whole_model(given)
-    adapter = _parse(origin, content, problems)
-    modules = tuple(_row(m) for m in adapter.modules) if adapter else loose_pairs(content.specs)
-    read = _factors(adapter, modules, content.specs)
-    modules, factors, found_wrong = with_values(
-        given.source, modules, read, norms=norms, module=module, progress=progress
-    )
-    problems += found_wrong
+    if not dialect and len(found) > 1:
+        where = tuple(f"{name}: {why}" for name, why in found)
+        problems.append(Problem("the file fits several dialects", where, "choose one with --from"))
+    chosen = (dialect, "as you say") if dialect else (kept.target.dialect, "the manifest says so") if kept else None
+    chosen = chosen or (found[0] if found else None)
+    if chosen is None:
+        return _Guess(_whole_model(given), None, "", found, content, kept)
+    return _Guess(dialect_named(chosen[0]), *chosen, found, content, kept)
+
+
+def _describe(
+    given: Input,
+    guess: _Guess,
+    adapter: Adapter | None,
+    modules: tuple[InspectedModule, ...],
+    problems: tuple[Problem, ...],
+) -> InspectReport:
+    specs, kept = guess.content.specs, guess.kept
     contents = "adapter" if modules else "model" if adapter else "unknown"
     return InspectReport(
         path=str(given.path),
         format=given.source.format,
         contents=contents,
-        dialect=name or (origin.name if contents == "model" else None),
-        why=why or ("no adapter's names" if contents == "model" else ""),
-        candidates=found,
-        families=tuple(_families(given, origin, adapter, mappings)),
+        dialect=guess.name or (guess.origin.name if contents == "model" else None),
+        why=guess.why or ("no adapter's names" if contents == "model" else ""),
+        candidates=guess.candidates,
+        families=(),
         config_from=given.config_from,
         origin=f"{kept.source.file} ({kept.source.dialect}, {kept.source.format})" if kept else "",
-        nbytes=sum(spec.nbytes for spec in content.specs.values()),
-        dtypes=_dtypes(content.specs),
-        tensors=tuple(_tensor(spec) for spec in content.specs.values()),
+        nbytes=sum(spec.nbytes for spec in specs.values()),
+        dtypes=_dtypes(specs),
+        tensors=tuple(_tensor(spec) for spec in specs.values()),
         modules=modules,
         extras=tuple(_extra(extra) for extra in adapter.extras) if adapter and contents == "adapter" else (),
         left_out=adapter.left_out if adapter else (),
-        metadata=tuple((k, v) for k, v in given.source.metadata.items() if k != "lorabridge"),
+        metadata=tuple((k, v) for k, v in given.source.metadata.items() if k != METADATA_KEY),
         not_carried=tuple(p.name for p in given.companions),
         warnings=adapter.warnings if adapter else (),
-        problems=tuple(problems),
-        factors=factors,
+        problems=problems,
     )
 
 
