@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 
 from ..dtypes import BY_TORCH
 
+MAX_AXES = 64
+"""Axes that torch can give a tensor."""
+
 STORAGES: dict[str, str] = {
     "torch.BoolStorage": "bool", "torch.ByteStorage": "uint8", "torch.CharStorage": "int8",
     "torch.ShortStorage": "int16", "torch.IntStorage": "int32", "torch.LongStorage": "int64",
@@ -128,7 +131,7 @@ def is_count(value: object) -> bool:
 
 def _counts(value: object) -> tuple[int, ...] | None:
     """Return a tuple of sizes or strides, or None where the value is something else."""
-    if not isinstance(value, tuple) or not all(map(is_count, value)):
+    if not isinstance(value, tuple) or len(value) > MAX_AXES or not all(map(is_count, value)):
         return None
     return value
 

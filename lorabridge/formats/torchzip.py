@@ -210,7 +210,7 @@ def _is_storage(name: str) -> bool:
 def _versions(file: io.FileIO, path: Path, records: Mapping[str, Record]) -> bool:
     """Check the records that describe the archive; returns whether its data is big-endian."""
     texts: dict[str, bytes] = {}
-    for name in _SMALL & set(records):
+    for name in sorted(_SMALL & set(records)):
         if records[name].size > 256:
             raise InputError(f"the record {name} is too long", where=shown(str(path)), hint=_RESAVE)
         texts[name] = record_bytes(file, path, records[name])
@@ -228,12 +228,7 @@ def _choose(root: object, where: str, key: str | None) -> tuple[Table, str, list
     """Find the mapping that holds the tensors; returns it, the prefix for its skipped entries, and what is left out."""
     if not isinstance(root, Table):
         raise InputError(f"the file holds {kind(root)}, not a mapping of names to tensors", where=where, hint=_RESAVE)
-    choices: dict[str, Table] = {"": root} if _holds_tensors(root) or not root.items else {}
-    for name, value in root.items:
-        if isinstance(name, str) and isinstance(value, Table) and _holds_tensors(value):
-            if name in choices:
-                raise InputError("a key occurs twice", where=f"{where}: {shown(name)}", hint=_RESAVE)
-            choices[name] = value
+    choices = _candidates(root, where)
     if key is None and len(choices) > 1:
         listed = [f"{where}: {shown(name) if name else 'the top mapping'}, {kind(choices[name])}" for name in choices]
         raise InputError(
@@ -242,13 +237,36 @@ def _choose(root: object, where: str, key: str | None) -> tuple[Table, str, list
             hint="save the wanted one alone: torch.save(torch.load(path, weights_only=True)[key], new_path)",
         )
     if not choices or (key is not None and key not in choices):
-        listed = [f"{where}: {_label(name)} is {kind(value)}" for name, value in root.items]
+        listed = [f"{where}: {shown(_label(name))} is {kind(value)}" for name, value in root.items]
         raise InputError("the file has no mapping of names to tensors there", where=listed or where, hint=_RESAVE)
     chosen = next(iter(choices)) if key is None else key
     if not chosen:
         return root, "", []
     left = [(_label(name), kind(value)) for name, value in root.items if not (isinstance(name, str) and name == chosen)]
-    return choices[chosen], f"{chosen}.", left
+    return choices[chosen], f"{shown(chosen)}.", left
+
+
+def _candidates(root: Table, where: str) -> dict[str, Table]:
+    """Return the mappings that hold tensors: the top one as "", and entries of it under their names."""
+    _check_length(root, where)
+    choices: dict[str, Table] = {"": root} if _holds_tensors(root) or not root.items else {}
+    looked: dict[int, bool] = {}  # one table may stand under a million keys
+    seen: set[str] = set()
+    twice = []
+    for name, value in root.items:
+        if not isinstance(name, str):
+            continue
+        if name in seen:
+            twice.append(f"{where}: {shown(name)} occurs twice")
+        seen.add(name)
+        if name and isinstance(value, Table):
+            if id(value) not in looked:
+                looked[id(value)] = _holds_tensors(value)
+            if looked[id(value)]:
+                choices[name] = value
+    if twice:
+        raise InputError("keys of the file's mapping are not unique", where=twice, hint=_RESAVE)
+    return choices
 
 
 def _holds_tensors(table: Table) -> bool:
@@ -261,6 +279,7 @@ def _label(name: object) -> str:
 
 def _collect(table: Table, prefix: str, where: str) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
     """Sort a mapping's entries into tensors and others; raises InputError listing what cannot be used."""
+    _check_length(table, where)
     tensors: dict[str, Tensor] = {}
     others: list[tuple[str, str]] = []
     seen: set[str] = set()
@@ -280,11 +299,14 @@ def _collect(table: Table, prefix: str, where: str) -> tuple[dict[str, Tensor], 
         else:
             others.append((prefix + name, kind(value)))
         seen.add(name)
-    if len(tensors) > MAX_TENSORS:
-        bad.append(f"{where}: it holds {len(tensors)} tensors, more than {MAX_TENSORS}")
     if bad:
         raise InputError("entries of the file cannot be used", where=bad, hint=_RESAVE)
     return tensors, others
+
+
+def _check_length(table: Table, where: str) -> None:
+    if len(table.items) > MAX_TENSORS:
+        raise InputError(f"a mapping has {len(table.items)} entries, more than {MAX_TENSORS}", where=where)
 
 
 def _is_text(name: str) -> bool:
