@@ -48,7 +48,7 @@ class Peft:
         reader = Reader(content, settings, names)
         modules = reader.modules()
         extras = reader.extras()
-        reader.finish(modules)
+        reader.finish()
         return Adapter(
             modules=modules,
             extras=extras,

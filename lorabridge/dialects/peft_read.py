@@ -11,7 +11,7 @@ from ..tensors import TensorSpec
 from .adapter import Content, Extra, ExtraKind, LoraModule, ModuleKind, Scaling, Term, Value
 from .peft_config import Settings
 from .peft_patterns import KeyTable
-from .prefixes import PeftName, PeftNames, Role
+from .prefixes import PeftName, PeftNames, Role, has_marker
 
 EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out"})
 """Last names of embeddings, whose whole weight peft saves when the vocabulary was resized."""
@@ -29,7 +29,11 @@ Parts = dict[tuple[Role, str], TensorSpec]
 
 @dataclass
 class Reader:
-    """Collect what one file holds. ``attention``: paths of nn.MultiheadAttention modules."""
+    """Collect what one file holds.
+
+    ``attention``: paths of nn.MultiheadAttention modules. ``adapted``: paths with factors. ``layers``: these, and
+    embeddings with trained tokens. ``dump``: every adapted layer's own weight is there, so it is a whole model.
+    """
 
     content: Content
     settings: Settings
@@ -39,6 +43,8 @@ class Reader:
     left_out: list[tuple[str, str]] = field(default_factory=list)
     attention: set[str] = field(default_factory=set)
     adapted: set[str] = field(default_factory=set)
+    layers: set[str] = field(default_factory=set)
+    dump: bool = False
     without_alpha: list[str] = field(default_factory=list)
     overruled: dict[str, str] = field(default_factory=dict)
 
@@ -48,7 +54,7 @@ class Reader:
         for name in self.names.names:
             if name.role in _FACTORS:
                 groups.setdefault(name.path, {})[name.role, name.parameter] = self.content.specs[name.name]
-                if name.wrapped and name.path.endswith(".out_proj"):
+                if name.wrapped and name.role in ("A", "B") and name.path.endswith(".out_proj"):
                     self.attention.add(name.path.removesuffix(".out_proj"))
         self.adapted = set(groups)
         found = [self._module(path, groups[path]) for path in sorted(groups)]
@@ -163,7 +169,8 @@ class Reader:
                     f"{path}: in_proj has {fused.shape[0]} rows, not 3 times out_proj's {single.shape[0]}"
                 )
         for name in self.names.names:
-            if name.role in ("A", "B") and name.wrapped and name.path.rpartition(".")[0] not in self.attention:
+            linear = name.role in ("A", "B") and name.path.rpartition(".")[0] in self.attention
+            if name.role in _FACTORS and name.wrapped and not linear:
                 self.issues.append(f"{name.name}: factors below a base_layer that is no attention")
 
     def _warn_ambiguous(self, which: str, pattern: Mapping[str, int | float], table: KeyTable) -> None:
@@ -179,6 +186,9 @@ class Reader:
     def extras(self) -> tuple[Extra, ...]:
         """Sort what is beside the factors into its kinds."""
         plain = {f"{n.path}.{n.parameter}" for n in self.names.names if n.role == "plain" and not n.wrapped}
+        bases = {n.path for n in self.names.names if n.role == "plain" and n.wrapped and n.parameter != "bias"}
+        self.dump = self.adapted <= bases
+        self.layers = self.adapted | {n.path for n in self.names.names if n.role == "tokens"}
         found = []
         for name in self.names.names:
             if name.role in _FACTORS or (name.role == "B" and name.parameter == "bias"):
@@ -195,16 +205,19 @@ class Reader:
     def _kind(self, name: PeftName, plain: set[str]) -> ExtraKind | None:
         """Say what a tensor beside the factors is; None after noting that it is nothing known."""
         settings = self.settings
-        if name.role == "saved":
+        if name.role == "saved" and name.path and not has_marker(f"{name.path}.{name.parameter}"):
             return "modules_to_save"
         if name.role == "tokens":
             self._check_tokens(name)
             return "trainable_tokens"
         if name.role == "variant":
             variant = _VARIANT_FIELDS[name.parameter.partition(".")[0]]
-            if settings.config is not None and settings.config.get(variant):
+            if name.path in self.adapted and settings.config is not None and settings.config.get(variant):
                 return "buffer"
-            self.issues.append(f"{name.name}: adapter_config.json has no {variant}")
+            self.issues.append(f"{name.name}: no factors beside it, or no {variant} in adapter_config.json")
+            return None
+        if has_marker(name.name) or (name.wrapped and name.path not in self.layers):
+            self.issues.append(f"{name.name}: belongs to no layer of peft that has factors in this file")
             return None
         if settings.saves(name.path) and not name.wrapped:
             return "modules_to_save"
@@ -212,9 +225,9 @@ class Reader:
             return "bias"
         if name.parameter == "bias" and settings.bias == "lora_only" and name.path in self.adapted:
             return "bias"
-        if self.names.adapter or name.wrapped:
+        if name.wrapped or self.dump:
             return "base"
-        if settings.config is None:
+        if settings.config is None and name.path:
             only_bias = name.parameter == "bias" and f"{name.path}.weight" not in plain
             return "bias" if only_bias else "modules_to_save"
         if name.path.rpartition(".")[2] in EMBEDDINGS:
@@ -236,20 +249,20 @@ class Reader:
                 f"{name.name}: {rows[0] if rows else 0} rows, trainable_token_indices lists {lengths or 'none'}"
             )
 
-    def finish(self, modules: tuple[LoraModule, ...]) -> None:
-        """Raise what was found: problems first, then the absence of any module, then a missing alpha."""
+    def finish(self) -> None:
+        """Raise what was found: the absence of any module, problems, a missing alpha, in this order."""
         self.warnings += self.overruled.values()
+        if not self.adapted:
+            raise MappingError(
+                f"the file holds no LoRA module in peft's spelling ({len(self.names.names)} other tensors)",
+                where=[self.content.path, *(name.name for name in self.names.names[:3])],
+                hint="name the dialect with --from; 'lorabridge inspect' shows what the file holds",
+            )
         if self.issues:
             raise MappingError(
                 f"the adapter does not fit together in {len(self.issues)} places",
                 where=[self.content.path, *self.issues] if self.content.path else self.issues,
                 hint="check that adapter_config.json belongs to these tensors and that the file is complete",
-            )
-        if not modules:
-            raise MappingError(
-                f"the file holds no LoRA module in peft's spelling ({len(self.names.names)} other tensors)",
-                where=[self.content.path, *(name.name for name in self.names.names[:3])],
-                hint="name the dialect with --from; 'lorabridge inspect' shows what the file holds",
             )
         if self.without_alpha:
             raise MappingError(

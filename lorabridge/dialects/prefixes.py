@@ -53,6 +53,14 @@ class PeftNames:
     warnings: tuple[str, ...] = ()
 
 
+def has_marker(name: str) -> bool:
+    """Say whether a name has a level that only peft's own layers have, so that it is no parameter of the base."""
+    return any(
+        level in _ROLES or level in VARIANTS or level in ("modules_to_save", "original_module")
+        for level in name.split(".")
+    )
+
+
 def is_factor(name: str) -> bool:
     """Say whether a name is one of peft's LoRA factors; loralib's bare ``p.lora_A`` is not."""
     parts = name.split(".")
@@ -195,16 +203,14 @@ def _path(levels: tuple[str, ...]) -> tuple[str, bool]:
 def _adapter(names: Sequence[PeftName]) -> str:
     """Return the one adapter's name; "" where the names carry none."""
     seen: dict[str, str] = {}
-    unnamed: dict[str, str] = {}
+    saved: dict[str, str] = {}
     for name in names:
-        if name.role in ("plain", "original", "variant"):
-            continue
-        if name.adapter:
+        if name.role == "saved":
+            saved.setdefault(name.adapter, name.name)
+        elif name.role not in ("plain", "original", "variant"):
             seen.setdefault(name.adapter, name.name)
-        elif name.role != "saved":
-            unnamed.setdefault("", name.name)
-    if unnamed:  # peft's bias="all" leaves copies under modules_to_save.<name>. in files without adapter names
-        seen = {a: n for a, n in seen.items() if not any(p.adapter == a and p.role == "saved" for p in names)} | unnamed
+    if "" not in seen:  # where it is, bias="all" left copies under modules_to_save.<name>. in a file without names
+        seen = {adapter: name for adapter, name in saved.items() if adapter} | seen
     if len(seen) > 1:
         listed = sorted(adapter or "(no name)" for adapter in seen)
         raise MappingError(

@@ -298,6 +298,22 @@ def test_attention_without_one_of_its_projections_is_refused() -> None:
     assert any("no attention" in p for p in refusal(pair("x.base_layer.inner", 8)).where)
 
 
+@pytest.mark.parametrize(
+    "stray",
+    [
+        "k.base_layer.weight",
+        "weight",
+        "k.lora_A.x.y",
+        "head.modules_to_save.lora_A",
+        "lora_diag",
+        "k.token_adapter.weight",
+    ],
+)
+def test_tensors_that_belong_to_nothing_are_never_taken_for_base_weights(stray: str) -> None:
+    for config in (CONFIG, {**CONFIG, "kasa_config": {"beta": 1}}):
+        assert any(stray in place for place in refusal(tensors(extra={stray: (2, 2)}), config).where)
+
+
 def test_hostile_patterns_do_not_hang() -> None:
     long = "a" * 5000
     found = {f"{long}.lora_{side}.weight": torch.zeros(shape) for side, shape in (("A", (4, 8)), ("B", (6, 4)))}

@@ -68,6 +68,11 @@ def test_raw_state_dict_becomes_an_adapter_that_peft_loads(name: str, tmp_path: 
     used = {n for _, expr in written.tensors for n in [expr.name]}
     assert used | {n for n, _ in adapter.left_out} == set(raw)
     assert written.config == config
+    again = PEFT.parse(content(tensors_of(written, raw), written.config))
+    assert [(e.name, e.kind) for e in again.extras] == [(e.name, e.kind) for e in adapter.extras]
+    assert [(m.path, m.kind, m.scaling) for m in again.modules] == [
+        (m.path, m.kind, m.scaling) for m in adapter.modules
+    ]
     save_written(written, raw, tmp_path / "ours")
     assert torch.equal(case.output(load(case, tmp_path / "ours")), case.output(model))
 

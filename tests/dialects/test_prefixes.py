@@ -75,6 +75,7 @@ def test_removing_module_from_names_without_a_prefix_is_said() -> None:
         (("q.lora_A.one.weight", "q.lora_B.one.weight", "q.lora_A.two.weight"), "2 adapters: one, two"),
         (("q.lora_A.weight", "q.lora_B.default.weight"), r"2 adapters: \(no name\), default"),
         (("q.lora_A.a.weight", "head.modules_to_save.b.weight"), "2 adapters: a, b"),
+        (("q.lora_A.weight", "k.lora_A.a.weight", "head.modules_to_save.a.weight"), r"2 adapters: \(no name\), a"),
         (("q.lora_A.weight", "_orig_mod.q.lora_A.weight"), "twice"),
         (("q.base_layer.weight", "_orig_mod.q.base_layer.weight", "q.lora_A.default.weight"), "twice"),
         (("x.base_layer.lora_A.weight", "x.lora_A.weight"), "target_parameters"),
