@@ -120,6 +120,7 @@ class Adapter:
     ``config``: peft's fields (``task_type``, ``base_model_name_or_path``, ``init_lora_weights`` ...), those that
     are resolved into ``modules`` included, so that a peft target can carry them. ``left_out``: (tensor name, reason)
     for what is recognised and not carried, such as optimizer state. ``warnings``: sentences for the report.
+    ``merged``: the "base" weights of adapted modules already contain the delta; writing both needs a target that knows.
     """
 
     modules: tuple[LoraModule, ...]
@@ -127,6 +128,7 @@ class Adapter:
     config: Json = field(default_factory=dict)
     left_out: tuple[tuple[str, str], ...] = ()
     warnings: tuple[str, ...] = ()
+    merged: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,12 +71,11 @@ def parse_bare(content: Content, names: Names) -> Adapter:
     modules = tuple(module for module in found if module is not None)
     merged = merged_state(reader, modules)
     reader.problems.raise_any(content.path)
-    warnings = list(names.warnings)
-    config = dict(content.config or {})
+    warnings = names.warnings
     if merged:
-        config["merged"] = True
-        warnings.append("the base weights in the file already contain the adapter: do not add it again")
-    return Adapter(modules, tuple(extras(content, names.rest, modules)), config, names.left_out, tuple(warnings))
+        warnings = (*warnings, "the base weights in the file already contain the adapter: do not add it again")
+    beside = tuple(extras(content, names.rest, modules))
+    return Adapter(modules, beside, dict(content.config or {}), names.left_out, warnings, bool(merged))
 
 
 def _refuse(adapter: Adapter) -> None:

@@ -110,7 +110,7 @@ def _refuse(adapter: Adapter) -> None:
     for extra in adapter.extras:
         if extra.kind == "trainable_tokens":
             problems.add("MindPet has no trainable token rows", extra.name, merge)
-    if adapter.config.get("merged") and any(extra.kind == "base" for extra in adapter.extras):
+    if adapter.merged and any(extra.kind == "base" for extra in adapter.extras):
         problems.add(
             "the base weights already contain the adapter, and a LoRADense would add it again",
             "base weights",

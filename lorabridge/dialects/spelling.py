@@ -49,7 +49,7 @@ def facts_about(adapter: Adapter, spelled: Sequence[Spelled]) -> Facts:
     common = [Fact("*", key, value) for key, value in shared.items()]
     paths = {item.module.path for item in spelled}
     if any(extra.kind == "base" and extra.path in paths and extra.parameter != "bias" for extra in adapter.extras):
-        common.append(Fact("*", "merged", bool(adapter.config.get("merged"))))
+        common.append(Fact("*", "merged", adapter.merged))
     return Facts((*own, *common))
 
 

@@ -136,6 +136,7 @@ def test_a_higher_rank_can_be_chosen():
 def test_merged_base_weights_stay_marked():
     file = {"m.lora_A": torch.zeros(2, 5), "m.lora_B": torch.zeros(6, 2), "m.weight": torch.zeros(6, 5)}
     adapter = MS.parse(content(file, ("alpha", 2), ("merged", True), container="mindspore"))
+    assert adapter.merged
     assert "already contain" in adapter.warnings[0]
     assert MS.write(adapter, facts()).facts.get("m", "merged") is True
     assert by_name("loralib").write(adapter, facts()).facts.get("m", "merged") is True
