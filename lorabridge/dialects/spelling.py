@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,20 +34,21 @@ def spell_extras(extras: Iterable[Extra], *, below_conv: Collection[str] = ()) -
 
 
 def facts_about(adapter: Adapter, spelled: Sequence[Spelled]) -> Facts:
-    """State what the written file cannot say, once for all modules where they agree."""
+    """State what the written file cannot say: per field the usual value for all modules, and who differs."""
     stated = [(item.module.path, _statements(item)) for item in spelled]
-    shared = {
-        key: value
-        for key, value in (stated[0][1].items() if stated else ())
-        if all(key in facts and facts[key] == value for _, facts in stated)
-    }
+    usual: dict[str, Value] = {}
+    for key in stated[0][1] if stated else ():
+        values = [facts[key] for _, facts in stated if key in facts]
+        if len(values) == len(stated):
+            counts = Counter(repr(value) for value in values)
+            usual[key] = max(values, key=lambda value: counts[repr(value)])
     own = [
         Fact(glob.escape(path), key, value)
         for path, facts in stated
         for key, value in facts.items()
-        if key not in shared
+        if key not in usual or usual[key] != value
     ]
-    common = [Fact("*", key, value) for key, value in shared.items()]
+    common = [Fact("*", key, value) for key, value in usual.items()]
     paths = {item.module.path for item in spelled}
     if any(extra.kind == "base" and extra.path in paths and extra.parameter != "bias" for extra in adapter.extras):
         common.append(Fact("*", "merged", adapter.merged))
