@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .actions.convert import ConvertOptions as ConvertOptions
+    from .actions.choices import ConvertOptions as ConvertOptions
     from .actions.convert import convert as convert
     from .actions.inspect import inspect as inspect
     from .checkpoint import Checkpoint as Checkpoint
@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Checkpoint": "checkpoint",
-    "ConvertOptions": "actions.convert",
+    "ConvertOptions": "actions.choices",
     "LorabridgeError": "errors",
     "convert": "actions.convert",
     "inspect": "actions.inspect",

@@ -9,7 +9,6 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from . import numerics
 from .repository import Input, open_input
 from .tensors import TensorSpec
 
@@ -46,7 +45,7 @@ class Checkpoint(Mapping[str, "npt.NDArray[np.generic]"]):
     def __getitem__(self, name: str) -> npt.NDArray[np.generic]:
         spec = self.specs[name]
         bits = self._opened.source.read(name)
-        return bits if spec.dtype.numpy is None else numerics.view(bits, spec.dtype)
+        return bits if spec.dtype.numpy is None else bits.view(spec.dtype.values())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)

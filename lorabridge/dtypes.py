@@ -42,6 +42,18 @@ class DType:
             return np.dtype(np.uint8)
         return np.dtype({1: "u1", 2: "<u2", 4: "<u4", 8: "<u8"}.get(self.itemsize, f"V{self.itemsize}"))
 
+    def values(self) -> np.dtype[np.generic]:
+        """Return the numpy dtype of the values (from ``ml_dtypes`` where numpy has none); ValueError without one."""
+        import numpy as np
+
+        if self.numpy is None:
+            raise ValueError(f"numpy cannot compute with {self.name}")
+        if hasattr(np, self.numpy) or self.numpy == "bool":
+            return np.dtype(self.numpy)
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, self.numpy))
+
     def __str__(self) -> str:
         return self.name
 

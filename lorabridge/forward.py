@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from . import dialects, tables
 from .axes import Expr, cast, reads
 from .dialects import factors
 from .dialects.adapter import Adapter, Content, Dialect, Facts, Json, LoraModule
+from .dialects.peft_config import unsupported_fields
+from .dialects.peft_write import of_part
 from .dtypes import BY_NAME, DType
 from .errors import MappingError
+from .names import natural_key
 from .selection import Selection, select, tensors_of
 
 
@@ -30,8 +34,8 @@ class Settings:
     layout: Mapping[str, str] = field(default_factory=dict)
     mappings: Path | None = None
     model_config: Json | None = None
-    target_facts: Facts = Facts()
-    selection: Selection = Selection()
+    target_facts: Facts = field(default_factory=Facts)
+    selection: Selection = field(default_factory=Selection)
     adapter_only: bool = False
     dtype: DType | None = None
     on_overflow: str = "error"
@@ -43,7 +47,8 @@ class Forward:
     """The outputs of a conversion and what is said about them.
 
     ``adapter``: in the target's names. ``unused``: (source tensor, reason) for what is left out on purpose;
-    ``unselected``: source tensors outside the selection.
+    ``unselected``: source tensors outside the selection; ``ties``: (source tensor left out, source tensor it must
+    equal bit for bit), to be checked before anything is written.
     """
 
     adapter: Adapter
@@ -53,6 +58,7 @@ class Forward:
     unused: tuple[tuple[str, str], ...]
     unselected: tuple[str, ...]
     notes: tuple[str, ...]
+    ties: tuple[tuple[str, str], ...] = ()
 
 
 def forward(content: Content, source: Dialect, target: Dialect, settings: Settings) -> Forward:
@@ -62,28 +68,32 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
     """
     adapter = source.parse(content)
     adapter, unselected = select(adapter, settings.selection)
+    if unselected:
+        adapter = of_part(adapter)
     dropped = list(adapter.left_out)
     if settings.adapter_only and adapter.modules:
         base = [extra for extra in adapter.extras if extra.kind == "base"]
         dropped += [(name, "base weight, left out by --adapter-only") for name in tensors_of((), base)]
         adapter = replace(adapter, extras=tuple(e for e in adapter.extras if e.kind != "base"))
     before = set(tensors_of(adapter.modules, adapter.extras))
-    mapped = _map(adapter, source, target, settings)
+    table = None if source.framework == target.framework else _table(settings)
+    mapped = adapter if table is None else _map(adapter, table, target, settings)
+    ties = () if table is None else _ties(adapter, table, target, settings)
     after = set(tensors_of(mapped.modules, mapped.extras))
     dropped += _dropped_by_table(adapter, mapped, before - after)
+    _check_expressible(mapped, target)
     if settings.compress:
         mapped = replace(mapped, modules=tuple(_compressed(mapped.modules, target, settings)))
     written = target.write(mapped, settings.target_facts)
-    outputs = tuple((name, _typed(expr, settings)) for name, expr in written.tensors)
+    tensors = sorted(written.tensors, key=lambda row: natural_key(row[0]))
+    outputs = tuple((name, _typed(expr, settings)) for name, expr in tensors)
     _check_all_used(content, outputs, dropped, unselected)
     return Forward(
-        mapped, outputs, written.config, written.facts, tuple(dropped), unselected, tuple(written.notes)
+        mapped, outputs, written.config, written.facts, tuple(dropped), unselected, tuple(written.notes), ties
     )  # fmt: skip
 
 
-def _map(adapter: Adapter, source: Dialect, target: Dialect, settings: Settings) -> Adapter:
-    if source.framework == target.framework:
-        return adapter
+def _table(settings: Settings) -> tables.Table:
     known = tables.load_tables(settings.mappings)
     if settings.family not in known:
         raise MappingError(
@@ -91,10 +101,55 @@ def _map(adapter: Adapter, source: Dialect, target: Dialect, settings: Settings)
             where=f"known families: {', '.join(sorted(known))}",
             hint="pick one with --family, or give your own table with --mappings DIR",
         )
-    table = known[settings.family]
-    sizes = tables.sizes_from_config(table, settings.model_config) if settings.model_config else None
-    to = "ms" if target.framework == "mindspore" else "hf"
+    return known[settings.family]
+
+
+def _map(adapter: Adapter, table: tables.Table, target: Dialect, settings: Settings) -> Adapter:
+    """Rename through the table; a full model must be complete on its own side first."""
+    config = settings.model_config
+    sizes = tables.sizes_from_config(table, config) if config else None
+    to, side = _sides(target)
+    if not adapter.modules and not settings.selection:
+        named = [str(name) for name in config.get("architectures") or ()] if config else []  # type: ignore[union-attr]
+        found = tables.check_complete(
+            table, {extra.name: extra.value.shape for extra in adapter.extras}, side=side, sizes=sizes,
+            layout=settings.layout, architecture=named[0] if named else "",
+        )  # fmt: skip
+        if found.problems:
+            raise MappingError(
+                f"{len(found.problems)} parameters do not make a whole {table.family} model",
+                where=found.problems,
+                hint="check --family and --config; select a part of a model with --include or --layers",
+            )
     return tables.map_adapter(table, adapter, to=to, sizes=sizes, layout=settings.layout)
+
+
+def _ties(adapter: Adapter, table: tables.Table, target: Dialect, settings: Settings) -> tuple[tuple[str, str], ...]:
+    """Return the source tensors that the table leaves out because they equal another one."""
+    read = {extra.name: next(iter(tensors_of((), (extra,))), "") for extra in adapter.extras}
+    checks = tables.tied_checks(table, read, side=_sides(target)[1], layout=settings.layout)
+    return tuple((read[name], read[other]) for name, other in checks if other in read)
+
+
+def _sides(target: Dialect) -> tuple[Literal["hf", "ms"], Literal["hf", "ms"]]:
+    """Return the side that a target is on, and the other one."""
+    return ("ms", "hf") if target.framework == "mindspore" else ("hf", "ms")
+
+
+def _check_expressible(adapter: Adapter, target: Dialect) -> None:
+    """Refuse what means something in peft and would mean nothing, or something else, in the target."""
+    if target.name == "peft":
+        return
+    where = [f"{name}: {why}" for name, why in unsupported_fields(adapter.config)]
+    if target.name != "loralib-ms":
+        rows = [extra.name for extra in adapter.extras if extra.kind == "trainable_tokens"]
+        where += [f"{name}: replaces single rows of an embedding" for name in rows]
+    if where:
+        raise MappingError(
+            f"dialect {target.name!r} cannot express what this adapter's config asks for",
+            where=where,
+            hint="keep it in peft, or merge it into the base first (in peft: merge_and_unload)",
+        )
 
 
 def _dropped_by_table(before: Adapter, after: Adapter, gone: set[str]) -> list[tuple[str, str]]:
@@ -134,7 +189,9 @@ def _check_all_used(
     lost = sorted(set(content.specs) - used - {name for name, _ in dropped} - set(unselected))
     if lost:
         raise MappingError(
-            f"{len(lost)} tensors have no place in the target", where=lost, hint="exclude them with --exclude, or report"
+            f"{len(lost)} tensors have no place in the target",
+            where=lost,
+            hint="exclude them with --exclude, or report",
         )
 
 

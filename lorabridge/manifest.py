@@ -1,9 +1,9 @@
 """The manifest: what a written file cannot say about itself, so that the way back is exact.
 
 It travels in the metadata of a safetensors file (key ``lorabridge``) or beside the file as ``NAME.lorabridge.json``,
-and inside a directory as ``lorabridge.json``. It describes the source (container, dialect, names, shapes, config), the options of
-the conversion and the facts about the written file. From these the forward plan can be built again without the source file, and its
-inverse restores the source bit for bit.
+and inside a directory as ``lorabridge.json``. It describes the source (container, dialect, names, shapes, config), the
+options of the conversion and the facts about the written file. From these the forward plan can be built again without
+the source file, and its inverse restores the source bit for bit.
 """
 
 from __future__ import annotations

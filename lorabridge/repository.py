@@ -25,7 +25,8 @@ class Input:
     """One checkpoint with what lies beside it.
 
     ``adapter_config`` and ``model_config`` are JSON objects read as data; ``config_from`` names the file or manifest
-    the adapter config came from; ``stated``: facts from a sidecar written by hand; ``companions``: files of the directory that a conversion does not carry.
+    the adapter config came from; ``stated``: facts from a sidecar written by hand; ``companions``: files of the
+    directory that a conversion does not carry.
     """
 
     path: Path
@@ -37,11 +38,11 @@ class Input:
     stated: Facts
     companions: tuple[Path, ...]
 
-    def content(self, facts: Facts = Facts()) -> Content:
+    def content(self, facts: Facts | None = None) -> Content:
         """Return what dialects read; the container's name is added to the metadata as "container"."""
         metadata = {k: v for k, v in self.source.metadata.items() if k != manifest.METADATA_KEY}
         metadata["container"] = self.source.format
-        return Content(self.source.specs, metadata, self.adapter_config, facts, str(self.path))
+        return Content(self.source.specs, metadata, self.adapter_config, facts or Facts(), str(self.path))
 
 
 def open_input(path: Path, *, config: Path | None = None) -> Input:
@@ -134,11 +135,12 @@ class Output:
     format: str
 
 
-def plan_output(target: Path, *, framework: Framework, adapter: bool) -> Output:
+def plan_output(target: Path | str, *, framework: Framework, adapter: bool) -> Output:
     """Decide container and file name from the target's path.
 
     A path with a container's suffix is a file; one without a suffix, an existing directory or a path that ends in a
-    slash is a directory, which gets safetensors for PyTorch and .ckpt for MindSpore. Raises UsageError for an unknown suffix.
+    slash is a directory, which gets safetensors for PyTorch and .ckpt for MindSpore. Raises UsageError for an unknown
+    suffix.
     """
     path = Path(target)
     text = str(target)

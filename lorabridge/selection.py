@@ -60,7 +60,7 @@ def select(adapter: Adapter, selection: Selection) -> tuple[Adapter, tuple[str, 
     idle = [p for p in (*selection.include, *selection.exclude) if not any(_hit(p, *n) for n in names)]
     if idle:
         raise MappingError(
-            f"{len(idle)} selection pattern matches no module" if len(idle) == 1 else "selection patterns match nothing",
+            f"{len(idle)} of the selection's patterns matches no module",
             where=[f"{p!r}" for p in idle],
             hint="patterns are globs on module paths, for example '*.query'; `lorabridge inspect` lists the paths",
         )
@@ -68,8 +68,8 @@ def select(adapter: Adapter, selection: Selection) -> tuple[Adapter, tuple[str, 
     extras = tuple(e for e in adapter.extras if _kept(selection, layers, e.path, e.name))
     if not modules and not extras:
         raise MappingError("the selection leaves nothing to convert", hint="widen --include, --exclude or --layers")
-    kept = tensors_of(modules, extras)
-    gone = [name for name in tensors_of(adapter.modules, adapter.extras) if name not in set(kept)]
+    kept = set(tensors_of(modules, extras))
+    gone = [name for name in tensors_of(adapter.modules, adapter.extras) if name not in kept]
     return replace(adapter, modules=modules, extras=extras), tuple(gone)
 
 

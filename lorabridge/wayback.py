@@ -63,7 +63,7 @@ def way_back(source: Source, manifest: Manifest, *, mappings: Path | None) -> Wa
     if not manifest.describes(source.specs):
         return _not("the manifest describes other tensors than the file holds")
     try:
-        _, there = replan(manifest, mappings=mappings)
+        made, there = replan(manifest, mappings=mappings)
     except LorabridgeError as error:
         return _not(f"the conversion cannot be planned again: {error.problem}")
     if there.digest != manifest.plan:
@@ -76,8 +76,9 @@ def way_back(source: Source, manifest: Manifest, *, mappings: Path | None) -> Wa
         return _not("factors that were scaled have changed since")
     if (inverse.redundant or scaled) and not _confirmed(source, there, inverse.exprs, manifest.residues):
         return _not("the file's values have changed since, in places that the source has no room for")
-    order = [s.name for s in manifest.source.specs if s.name in inverse.exprs]
-    return WayBack(tuple((name, inverse.exprs[name]) for name in order), True, "", manifest.residues)
+    exprs = {**inverse.exprs, **{name: inverse.exprs[other] for name, other in made.ties if other in inverse.exprs}}
+    order = [s.name for s in manifest.source.specs if s.name in exprs]
+    return WayBack(tuple((name, exprs[name]) for name in order), True, "", manifest.residues)
 
 
 def _not(reason: str) -> WayBack:
@@ -97,15 +98,15 @@ def _confirmed(
     source: Source, there: plan.Plan, inverse: Mapping[str, Expr], residues: Mapping[str, bytes]
 ) -> bool:  # fmt: skip
     """Run the conversion forward from the restored tensors and compare with the file."""
+    notes = numerics.Notes()
+
+    def restored(wanted: str) -> Bits:
+        back = inverse[wanted]
+        return evaluate(back, source.read, numerics.kernels(residue_key(back), notes, residues))
+
     for name, expr in there.outputs().items():
-        if isinstance(expr, Read):
-            continue
-        notes = numerics.Notes()
-
-        def restored(wanted: str) -> Bits:
-            back = inverse[wanted]
-            return evaluate(back, source.read, numerics.kernels(residue_key(back), notes, residues))
-
+        if isinstance(expr, Read) and inverse[expr.name] == Read(name, expr.dtype, expr.shape):
+            continue  # the same bytes by construction
         made = evaluate(expr, restored, numerics.kernels(name, notes, {}))
         if made.tobytes() != source.read(name).tobytes():
             return False

@@ -27,7 +27,7 @@ from ._values import (
 )
 
 if TYPE_CHECKING:
-    from ..actions.convert import ConvertOptions
+    from ..actions.choices import ConvertOptions
     from ..actions.convert_report import ConvertReport, RoundingRow
 
 COMPRESS_LOSSLESS = "1e-6"
@@ -152,7 +152,7 @@ def convert(source: Path, target: str, **given: Unpack[Given]) -> None:
 
 
 def _options(given: Given) -> ConvertOptions:
-    from ..actions.convert import ConvertOptions
+    from ..actions.choices import ConvertOptions
 
     texts: dict[str, tuple[str, ...]] = {
         "alpha": given["alpha"], "rank": given["rank"], "use_rslora": given["use_rslora"],

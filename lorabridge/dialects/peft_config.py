@@ -146,20 +146,16 @@ def warnings_of(config: Json) -> list[str]:
 
 
 def unsupported_fields(config: Json) -> list[tuple[str, str]]:
-    """Return (field, why) for every field that is set and that only peft can express.
+    """Return (field, why) for every field that makes the delta something other than ``scaling * B @ A``.
 
-    The ``write`` of another dialect refuses an adapter whose config has any, with merging in peft as the cure.
+    Only peft can express these. Fields that merely changed the base at initialisation are not among them: the
+    factors mean the same everywhere, on that base (:func:`warnings_of`).
     """
     found = []
-    init = changes_base(config)
-    if init:
-        found.append(("init_lora_weights", f"{init!r} changed the base weights the factors belong to"))
     if config.get("kasa_config"):
         found.append(("kasa_config", "the base weights were truncated and a diagonal stands between the factors"))
     for fields in (REFUSED, INPUT_DEPENDENT, TRAINING_ONLY):
         found += [(name, why) for name, why in fields.items() if config.get(name)]
-    if config.get("trainable_token_indices"):
-        found.append(("trainable_token_indices", "single rows of an embedding are replaced"))
     return found
 
 

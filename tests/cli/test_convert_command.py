@@ -13,7 +13,7 @@ from console import Invoke, clean_environ
 from safetensors.numpy import load_file
 
 from lorabridge.actions import convert as action
-from lorabridge.actions.convert import ConvertOptions
+from lorabridge import ConvertOptions
 from lorabridge.dialects.adapter import Fact
 
 

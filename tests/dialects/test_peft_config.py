@@ -243,7 +243,6 @@ def test_wrong_values_are_listed_together() -> None:
 @pytest.mark.parametrize(
     ("config", "field"),
     [
-        *(({"init_lora_weights": init}, "init_lora_weights") for init in INITS),
         ({"kasa_config": {"beta": 1}}, "kasa_config"),
         ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"), ({"arrow_config": {"top_k": 2}}, "arrow_config"),
         ({"monteclora_config": {"num_samples": 8}}, "monteclora_config"),
@@ -255,6 +254,12 @@ def test_fields_only_peft_understands_warn_and_are_listed_for_other_dialects(con
     assert any(field in sentence for sentence in warnings_of(config))
 
 
+@pytest.mark.parametrize("init", INITS)
+def test_a_changed_base_is_warned_about_and_changes_no_delta(init: str) -> None:
+    assert unsupported_fields({"init_lora_weights": init}) == []
+    assert any("init_lora_weights" in sentence for sentence in warnings_of({"init_lora_weights": init}))
+
+
 def test_ordinary_configs_have_nothing_unsupported() -> None:
     from peft import LoraConfig
 
@@ -264,5 +269,4 @@ def test_ordinary_configs_have_nothing_unsupported() -> None:
         config["eva_config"] = None
         assert unsupported_fields(config) == []
         assert warnings_of(config) == []
-    assert [n for n, _ in unsupported_fields({"trainable_token_indices": [1]})] == ["trainable_token_indices"]
     assert "layer_replication" in warnings_of({"layer_replication": [[0, 2], [1, 3]]})[0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorabridge.actions.convert import ConvertOptions, convert
+from lorabridge import ConvertOptions, convert
 from lorabridge.dialects.adapter import Fact, Facts
 from lorabridge.errors import MappingError
 

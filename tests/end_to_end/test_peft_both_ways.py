@@ -11,7 +11,7 @@ import torch
 from dialects.peft_models import CASES
 from safetensors.torch import load_file
 
-from lorabridge.actions.convert import ConvertOptions, convert
+from lorabridge import ConvertOptions, convert
 from lorabridge.dialects.adapter import Fact, Facts
 
 SECOND_COPIES = {

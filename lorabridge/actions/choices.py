@@ -1,0 +1,171 @@
+"""Decide what a conversion is: dialects, family, facts and place, from the source's headers and the options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .. import dialects
+from ..dialects.adapter import Dialect, Facts
+from ..dtypes import ALIASES, BY_NAME, DType
+from ..errors import MappingError, OutputError, UsageError
+from ..forward import Settings, dialect_named
+from ..manifest import Manifest
+from ..repository import Framework, Input, Output, framework_of, plan_output
+from ..selection import Selection
+from .inspect import family_candidates
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """Everything a conversion can be told; see ``lorabridge convert --help`` for the meaning of each."""
+
+    source_dialect: str | None = None
+    target_dialect: str | None = None
+    family: str | None = None
+    config: Path | None = None
+    layout: Mapping[str, str] = field(default_factory=dict)
+    mappings: Path | None = None
+    facts: Facts = field(default_factory=Facts)
+    dtype: str | None = None
+    on_overflow: str = "error"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layers: str | None = None
+    compress: str | None = None
+    adapter_only: bool = False
+    max_shard_size: int | None = None
+    crc: bool = False
+    workers: int = 0
+    dry_run: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was decided, with the manifest if it describes the source.
+
+    ``family``: None where none was asked for and none is known from the manifest.
+    """
+
+    origin: Dialect
+    goal: Dialect
+    family: str | None
+    output: Output
+    kept: Manifest | None
+    facts: Facts
+    warnings: tuple[str, ...]
+
+    @property
+    def crosses(self) -> bool:
+        """The conversion goes from one framework's names to the other's."""
+        return self.origin.framework != self.goal.framework
+
+    @property
+    def whole_model(self) -> bool:
+        """The target is a plain model, not an adapter."""
+        return self.goal.name in ("hf", "ms")
+
+
+def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
+    """Decide; UsageError for options that contradict each other, OutputError for an impossible place."""
+    kept = given.manifest if given.manifest is not None and given.manifest.describes(given.source.specs) else None
+    warnings: tuple[str, ...] = ()
+    if given.manifest is not None and kept is None:
+        warnings = ("the manifest beside describes other tensors and is ignored",)
+    facts = options.facts.then(given.stated).then(kept.facts if kept else Facts())
+    origin = _source_dialect(given, kept, facts, options)
+    goal = _target_dialect(origin, kept, Path(target), options)
+    family = options.family or (kept.options.get("family") if kept and origin.framework != goal.framework else None)
+    output = plan_output(target, framework=goal.framework, adapter=goal.name not in ("hf", "ms"))
+    if options.max_shard_size is not None and not output.directory:
+        raise UsageError("--max-shard-size needs a directory", where=str(target), hint="end DST with a slash")
+    _check_places(given, output)
+    choice = Choice(origin, goal, family, output, kept, facts, warnings)
+    if choice.crosses and choice.whole_model and family is None:
+        raise UsageError(
+            "a full model needs a family table to be renamed",
+            where=f"fitting families: {', '.join(families(given, origin, options)) or 'none'}",
+            hint="pass --family NAME, or --family identity to keep every name",
+        )
+    return choice
+
+
+def _source_dialect(given: Input, kept: Manifest | None, facts: Facts, options: ConvertOptions) -> Dialect:
+    if options.source_dialect:
+        return dialect_named(options.source_dialect)
+    if kept is not None:
+        return dialect_named(kept.target.dialect)
+    found = dialects.detect(given.content(facts))
+    if len(found) > 1:
+        raise MappingError(
+            "the file fits several dialects",
+            where=[f"{name}: {why}" for name, why in found],
+            hint="choose one with --from",
+        )
+    if found:
+        return dialect_named(found[0][0])
+    mindspore = given.source.format == "mindspore" or given.source.metadata.get("format") == "ms"
+    return dialect_named("ms" if mindspore else "hf")
+
+
+def _target_dialect(
+    origin: Dialect, kept: Manifest | None, target: Path, options: ConvertOptions
+) -> Dialect:  # fmt: skip
+    if options.target_dialect:
+        goal = dialect_named(options.target_dialect)
+        decided = framework_of(target)
+        if decided is not None and decided != goal.framework:
+            raise UsageError(
+                f"dialect {goal.name!r} is spelled in {goal.framework} files",
+                where=str(target),
+                hint="give the target another suffix, or choose another dialect with --to",
+            )
+        return goal
+    framework: Framework = framework_of(target) or ("torch" if origin.framework == "mindspore" else "mindspore")
+    if kept is not None and dialect_named(kept.source.dialect).framework == framework:
+        return dialect_named(kept.source.dialect)
+    if origin.framework == framework:
+        return origin
+    if origin.name in ("hf", "ms"):
+        return dialect_named("ms" if framework == "mindspore" else "hf")
+    return dialect_named("loralib-ms" if framework == "mindspore" else "peft")
+
+
+def families(given: Input, origin: Dialect, options: ConvertOptions) -> list[str]:
+    """Return the families whose tables know every module of the source."""
+    return family_candidates(given, origin, mappings=options.mappings)
+
+
+def settings_for(given: Input, choice: Choice, options: ConvertOptions) -> Settings:
+    """Return what the forward plan depends on; layout choices of the manifest hold where none are given."""
+    layout = dict(options.layout)
+    if choice.kept is not None and not layout:
+        layout = {k.removeprefix("layout."): v for k, v in choice.kept.options.items() if k.startswith("layout.")}
+    return Settings(
+        family=choice.family or "identity",
+        layout=layout,
+        mappings=options.mappings,
+        model_config=given.model_config,
+        target_facts=options.facts,
+        selection=Selection(options.include, options.exclude, options.layers),
+        adapter_only=options.adapter_only,
+        dtype=dtype_named(options.dtype) if options.dtype else None,
+        on_overflow=options.on_overflow,
+    )
+
+
+def dtype_named(text: str) -> DType:
+    """Return a floating-point type by its name or alias (fp16, bf16 ...)."""
+    found = BY_NAME.get(ALIASES.get(text.lower(), text.lower()))
+    if found is None or found.kind != "float":
+        known = ", ".join(d.name for d in BY_NAME.values() if d.kind == "float")
+        raise UsageError(f"unknown floating-point dtype {text!r}", hint=f"known: {known}")
+    return found
+
+
+def _check_places(given: Input, output: Output) -> None:
+    target, source = output.target.resolve(), given.path.resolve()
+    if target == source or source in target.parents:
+        raise OutputError("the output lies on or inside the input", where=str(output.target), hint="write elsewhere")
