@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
 from .errors import InputError, OutputError, StorageError
-from .staging import ASIDE, OUT, Area, Header, StagingArea, find_staging, remove_staging, staging_path, try_lock
+from .staging import ASIDE, Area, Header, StagingArea, find_staging, remove_staging, staging_path, try_lock
 from .syscalls import (
     DIRECTORY,
     allocate,
@@ -181,7 +181,7 @@ class Staging:
             try:
                 self._area.begin(self._header)
                 self._refuse(self.target.name)
-                self._out = os.open(OUT, DIRECTORY | os.O_NOFOLLOW, dir_fd=self._area.dir)
+                self._out = os.open(self._area.out, DIRECTORY | os.O_NOFOLLOW, dir_fd=self._area.dir)
             except BaseException:
                 self.abort()
                 raise
@@ -237,7 +237,7 @@ class Staging:
             raise ValueError(f"{name!r} is not a new plain file name")
         if not self._header.directory:
             self._refuse(name)
-        path = self.path / OUT / name
+        path = self.path / area.out / name
         with refusals(path):
             if lookup(self._out, name) is not None:
                 calls.unlink(name, dir_fd=self._out)
@@ -284,7 +284,7 @@ class Staging:
 
     def _verify(self, area: Area) -> None:
         """Make sure that exactly this run's files are staged (locks may lie) and delete strays of an earlier one."""
-        staged = lookup(area.dir, OUT)
+        staged = lookup(area.dir, area.out)
         ours = staged is not None and staged.st_ino == os.fstat(self._out).st_ino
         for name in self._files:
             status = lookup(self._out, name)
@@ -302,10 +302,10 @@ class Staging:
         exists = self._refuse(main)
         if self._header.directory:
             if not exists:
-                rename_new(area.dir, OUT, area.parent, main)
-            elif not exchange(area.dir, OUT, area.parent, main):
+                rename_new(area.dir, area.out, area.parent, main)
+            elif not exchange(area.dir, area.out, area.parent, main):
                 _set_aside(area, [main])
-                rename_new(area.dir, OUT, area.parent, main)
+                rename_new(area.dir, area.out, area.parent, main)
             return
         companions = sorted(set(self._files) - {main})
         old = [name for name in sorted({*companions, *self._dropped}) if self._refuse(name)]
@@ -321,6 +321,10 @@ class Staging:
                 calls.rename(name, name, src_dir_fd=self._out, dst_dir_fd=area.parent)
             else:
                 rename_new(self._out, name, area.parent, name)
+        for name in self._files:
+            status = lookup(area.parent, name)
+            if status is None or status.st_ino != area.records[name].inode:
+                raise OutputError("another run has written over this output", where=str(self.target.parent / name))
 
     def abort(self) -> None:
         """Close and delete everything that was staged; harmless after ``commit`` and when called twice."""

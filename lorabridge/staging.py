@@ -1,9 +1,9 @@
 """The staging directory of one output: its lock, its journal, and what to do with one that a killed run left.
 
-``.NAME.lorabridge-DIGEST.partial`` lies beside the target and holds ``out/`` (what will be published), ``aside/``
-(what a publication replaces, while it runs) and ``journal``: one JSON line for the output, then one for each file that
-is complete and on disk. The journal is also the lock. The lock only advises; O_EXCL and renames that never replace keep
-the output whole where a file system's locks lie.
+``.NAME.lorabridge-DIGEST.partial`` lies beside the target and holds ``out-TOKEN/`` (what will be published),
+``aside/`` (what a publication replaces, while it runs) and ``journal``: one JSON line for the output, then one for each
+file that is complete and on disk. The journal is also the lock. The lock only advises: where a file system's locks lie,
+a run that takes over first renames what it found, so that the other one cannot publish it any more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from pathlib import Path
 from .errors import OutputError
 from .syscalls import DIRECTORY, calls, lookup, refusals, remove_tree, rename_new, sync, write_all
 
-OUT, ASIDE, JOURNAL = "out", "aside", "journal"
+OUT, ASIDE, JOURNAL, GONE = "out-", "aside", "journal", "gone-"
 LONGEST = 200
 """Bytes of a target's name that its staging directory repeats; longer names are hashed (file systems allow 255)."""
 _PATTERN = re.compile(r"\.(.+)\.lorabridge-([0-9a-f]{12})\.partial", re.DOTALL)
@@ -85,6 +85,7 @@ class Area:
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
         self.path = path
+        self.out = OUT + _token()
         self.header: Header | None = None
         self.records: dict[str, Record] = {}
         self.replaced: Record | None = None
@@ -161,13 +162,28 @@ class Area:
         self.settle()
         if self.header != header:
             self.records, self.replaced, self._end = {}, None, 0
-        self.clear(self.records)
+        old = self._outs()
+        calls.mkdir(self.out, 0o777, dir_fd=self.dir)
+        with self.opened(self.out) as new:
+            for name in old:
+                taken = OUT + _token()
+                self._rename(name, taken)
+                with self.opened(taken) as out:
+                    for record in self.records.values():
+                        if out is not None and record.matches(lookup(out, record.file)):
+                            calls.rename(record.file, record.file, src_dir_fd=out, dst_dir_fd=new)
+        self._clear(keep=self.out)
         calls.ftruncate(self._journal, self._end)
         if self.header != header:
             self._line(asdict(header), durable=False)
             self.header = header
-        with suppress(FileExistsError):
-            calls.mkdir(OUT, 0o777, dir_fd=self.dir)
+
+    def _outs(self) -> list[str]:
+        return sorted(name for name in os.listdir(self.dir) if name.startswith(OUT))
+
+    def _rename(self, old: str, new: str) -> None:
+        with suppress(FileNotFoundError):
+            calls.rename(old, new, src_dir_fd=self.dir, dst_dir_fd=self.dir)
 
     def record(self, name: str, status: os.stat_result, *, replaced: bool = False) -> None:
         """Note that a file is complete and on disk, or (``replaced``) which file the publication will replace."""
@@ -187,10 +203,11 @@ class Area:
             return
         main = self.records.get(self.header.name)
         published = main is not None and main.matches(lookup(self.parent, main.file))
-        with self.opened(OUT) as out:
-            for record in self.records.values():
-                if out is not None and record is not main and not self.header.directory:
-                    self._settle_companion(record, out, published)
+        for name in () if self.header.directory else self._outs():
+            with self.opened(name) as out:
+                for record in self.records.values():
+                    if out is not None and record is not main:
+                        self._settle_companion(record, out, published)
         old = lookup(self.parent, self.header.name)
         if published or not (old is None or self.header.directory or (self.replaced and self.replaced.matches(old))):
             return  # what was set aside belongs to a file that is no more
@@ -224,22 +241,19 @@ class Area:
         finally:
             os.close(fd)
 
-    def clear(self, keep: Collection[str]) -> None:
-        """Delete all but the journal and these finished files."""
+    def _clear(self, keep: str = "") -> None:
         for name in sorted(os.listdir(self.dir)):
-            if name != JOURNAL and not (keep and name == OUT):
-                remove_tree(self.dir, name)
-        with self.opened(OUT) as out:
-            for name in sorted(os.listdir(out)) if out is not None else ():
-                if out is not None and not (name in keep and self.records[name].matches(lookup(out, name))):
-                    remove_tree(out, name)
+            if name not in (JOURNAL, keep):
+                gone = GONE + _token()
+                self._rename(name, gone)
+                remove_tree(self.dir, gone)
 
     def remove(self, *, settled: bool = False) -> None:
         """Settle, delete the area and let its lock go."""
         try:
             if not settled:
                 self.settle()
-            self.clear(())
+            self._clear()
             calls.unlink(JOURNAL, dir_fd=self.dir)
             try:
                 calls.rmdir(self.path.name, dir_fd=self.parent)
@@ -252,6 +266,10 @@ class Area:
     def close(self) -> None:
         """Let the lock go and leave the files."""
         _close([self._journal, self.dir, self.parent])
+
+
+def _token() -> str:
+    return os.urandom(6).hex()
 
 
 def _close(fds: list[int]) -> None:
