@@ -74,7 +74,7 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
     if settings.adapter_only and adapter.modules:
         base = [extra for extra in adapter.extras if extra.kind == "base"]
         dropped += [(name, "base weight, left out by --adapter-only") for name in tensors_of((), base)]
-        adapter = replace(adapter, extras=tuple(e for e in adapter.extras if e.kind != "base"))
+        adapter = replace(adapter, extras=tuple(e for e in adapter.extras if e.kind != "base"), merged=False)
     before = set(tensors_of(adapter.modules, adapter.extras))
     table = None if source.framework == target.framework else _table(settings)
     mapped = adapter if table is None else _map(adapter, table, target, settings)
@@ -138,6 +138,12 @@ def _sides(target: Dialect) -> tuple[Literal["hf", "ms"], Literal["hf", "ms"]]:
 
 def _check_expressible(adapter: Adapter, target: Dialect) -> None:
     """Refuse what means something in peft and would mean nothing, or something else, in the target."""
+    if adapter.merged and target.name == "peft":
+        raise MappingError(
+            "the base weights in the file already hold the delta, and peft would add it again",
+            where=[extra.name for extra in adapter.extras if extra.kind == "base"],
+            hint="leave them out with --adapter-only",
+        )
     if target.name == "peft":
         return
     where = [f"{name}: {why}" for name, why in unsupported_fields(adapter.config)]

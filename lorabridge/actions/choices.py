@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import dialects
-from ..dialects.adapter import Dialect, Facts
+from ..dialects.adapter import Dialect, Fact, Facts
 from ..dtypes import ALIASES, BY_NAME, DType
 from ..errors import MappingError, OutputError, UsageError
 from ..forward import Settings, dialect_named
@@ -46,7 +46,8 @@ class ConvertOptions:
 class Choice:
     """What was decided, with the manifest if it describes the source.
 
-    ``family``: None where none was asked for and none is known from the manifest.
+    ``family``: None where none was asked for and none is known from the manifest. ``facts`` are about the source;
+    ``chosen`` are for the target: an alpha or a rank that a flag states is the source's, unless the source has its own.
     """
 
     origin: Dialect
@@ -55,6 +56,7 @@ class Choice:
     output: Output
     kept: Manifest | None
     facts: Facts
+    chosen: Facts
     warnings: tuple[str, ...]
 
     @property
@@ -75,6 +77,12 @@ def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
     if given.manifest is not None and kept is None:
         warnings = ("the manifest beside describes other tensors and is ignored",)
     facts = options.facts.then(given.stated).then(kept.facts if kept else Facts())
+    if options.adapter_only:
+        facts = facts.then(
+            Facts((Fact("*", "merged", False),))
+        )  # base weights do not travel: their state does not matter
+    own = kept is not None or "lora_alpha" in (given.adapter_config or {})
+    chosen = tuple(f for f in options.facts.entries if own or f.field not in ("alpha", "rank"))
     origin = _source_dialect(given, kept, facts, options)
     goal = _target_dialect(origin, kept, Path(target), options)
     family = options.family or (kept.options.get("family") if kept and origin.framework != goal.framework else None)
@@ -82,7 +90,7 @@ def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
     if options.max_shard_size is not None and not output.directory:
         raise UsageError("--max-shard-size needs a directory", where=str(target), hint="end DST with a slash")
     _check_places(given, output)
-    choice = Choice(origin, goal, family, output, kept, facts, warnings)
+    choice = Choice(origin, goal, family, output, kept, facts, Facts(chosen), warnings)
     if choice.crosses and choice.whole_model and family is None:
         raise UsageError(
             "a full model needs a family table to be renamed",
@@ -148,7 +156,7 @@ def settings_for(given: Input, choice: Choice, options: ConvertOptions) -> Setti
         layout=layout,
         mappings=options.mappings,
         model_config=given.model_config,
-        target_facts=options.facts,
+        target_facts=choice.chosen,
         selection=Selection(options.include, options.exclude, options.layers),
         adapter_only=options.adapter_only,
         dtype=dtype_named(options.dtype) if options.dtype else None,

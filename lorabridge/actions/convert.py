@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import __version__, execute, formats, manifest, numerics, plan, wayback
 from ..axes import Expr, reads
-from ..dialects.adapter import Facts, Json
+from ..dialects.adapter import Json
 from ..errors import MappingError, OutputError
 from ..forward import Forward, forward, options_text
 from ..fsio import Staging, require_space
@@ -117,7 +117,7 @@ def _forward_job(given: Input, choice: Choice, options: ConvertOptions) -> Job:
     _check_ties(given, made.ties)
     unused = [*made.unused, *((name, "not selected") for name in made.unselected)]
     planned = plan.build(content.specs, made.outputs, unused, seed=wayback.seed(choice.goal.name))
-    record = _record(given, choice, made, planned, options_text(settings), options.facts)
+    record = _record(given, choice, made, planned, options_text(settings))
     notes = list(made.notes)
     if choice.crosses and choice.family is None:
         fitting = [name for name in families(given, choice.origin, options) if name != "identity"]
@@ -137,7 +137,7 @@ def _forward_job(given: Input, choice: Choice, options: ConvertOptions) -> Job:
 
 
 def _record(
-    given: Input, choice: Choice, made: Forward, planned: plan.Plan, options: Mapping[str, str], chosen: Facts
+    given: Input, choice: Choice, made: Forward, planned: plan.Plan, options: Mapping[str, str]
 ) -> manifest.Manifest:  # fmt: skip
     """Describe the conversion for the way back."""
     source = manifest.Side(
@@ -150,7 +150,7 @@ def _record(
     )
     target = manifest.Side(choice.output.format, choice.goal.name, choice.output.file, planned.specs, {}, made.config)
     return manifest.Manifest(
-        __version__, source, target, options, choice.facts, chosen, made.facts, planned.digest,
+        __version__, source, target, options, choice.facts, choice.chosen, made.facts, planned.digest,
         model_config=given.model_config,
     )  # fmt: skip
 

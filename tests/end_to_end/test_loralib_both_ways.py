@@ -182,3 +182,45 @@ def test_grouped_factors_that_no_pair_can_express(tmp_path: Path) -> None:
         convert(tmp_path / "lora.pt", tmp_path / "peft", ConvertOptions(target_dialect="peft", facts=facts))
     assert "merge" in raised.value.hint
     assert not (tmp_path / "peft").exists()
+
+
+def full_state(tmp_path: Path, *, merged: bool) -> None:
+    """Save a whole loralib state: base weights and factors, merged as eval() does or not."""
+    net, _, _ = make("linear")
+    net.train(not merged)
+    torch.save(net.state_dict(), tmp_path / "full.pt")
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_full_checkpoint_must_say_whether_it_is_merged(merged: bool, tmp_path: Path) -> None:
+    full_state(tmp_path, merged=merged)
+    with pytest.raises(MappingError, match="merged"):
+        convert(tmp_path / "full.pt", tmp_path / "out.ckpt", ConvertOptions(facts=fact(alpha=8)))
+    options = ConvertOptions(facts=fact(alpha=8, merged=merged))
+    convert(tmp_path / "full.pt", tmp_path / "out.ckpt", options)
+    convert(tmp_path / "out.ckpt", tmp_path / "back.pt")
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("full", "back"))
+    assert list(one) == list(two)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_merged_base_does_not_reach_peft_with_its_factors(tmp_path: Path) -> None:
+    full_state(tmp_path, merged=True)
+    options = ConvertOptions(target_dialect="peft", facts=fact(alpha=8, merged=True))
+    with pytest.raises(MappingError, match="again") as raised:
+        convert(tmp_path / "full.pt", tmp_path / "peft", options)
+    assert "--adapter-only" in raised.value.hint
+    report = convert(
+        tmp_path / "full.pt", tmp_path / "peft",
+        ConvertOptions(target_dialect="peft", facts=fact(alpha=8), adapter_only=True),
+    )  # fmt: skip
+    assert {name for name, _ in report.left_out} == {"layer.weight", "layer.bias"}
+
+
+def test_a_stated_alpha_is_the_source_s(tmp_path: Path) -> None:
+    """One flag must not be read twice: as the source's alpha and as the one wanted in the target."""
+    net, _, facts = make("linear")
+    torch.save(loralib.lora_state_dict(net), tmp_path / "lora.pt")
+    report = convert(tmp_path / "lora.pt", tmp_path / "out.ckpt", ConvertOptions(target_dialect="mindpet", facts=facts))
+    assert report.rounding == ()
+    assert [(m.rank, m.alpha) for m in report.modules] == [(4, 8)]
