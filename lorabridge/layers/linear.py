@@ -12,7 +12,7 @@ from .state import Merging, norm_beside
 class Projection(Merging, Cell):
     """Share what Linear and MergedLinear have in common: ``y = x W^T + bias + scaling * drop(x) A^T B^T``.
 
-    A subclass gives :meth:`low_rank` and :meth:`product`.
+    A subclass gives :meth:`low_rank` and :meth:`product`, and calls ``reset_magnitude`` once these work.
     """
 
     lora_bias: Parameter | None
@@ -56,7 +56,6 @@ class Projection(Merging, Cell):
                 self.lora_bias = zeros("lora_bias", (out_features,), dtype)
             if use_dora:
                 self.lora_magnitude_vector = zeros("lora_magnitude_vector", (out_features,), dtype)
-                self.reset_magnitude()
 
     def low_rank(self, x: Tensor) -> Tensor:
         """Return ``x A^T B^T``, shape ``[..., out]``."""
@@ -139,6 +138,8 @@ class Linear(Projection):
             fan_in_fan_out=fan_in_fan_out, merge_weights=merge_weights, bias=bias, use_rslora=use_rslora,
             use_dora=use_dora, lora_bias=lora_bias, dtype=dtype,
         )  # fmt: skip
+        if use_dora:
+            self.reset_magnitude()
 
     def low_rank(self, x: Tensor) -> Tensor:
         """Return ``x A^T B^T``, shape ``[..., out]``."""

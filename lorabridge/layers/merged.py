@@ -54,6 +54,8 @@ class MergedLinear(Projection):
         self.enable_lora = enabled
         self.rows = rows
         self.runs = _runs(enabled)
+        if use_dora:
+            self.reset_magnitude()
 
     def low_rank(self, x: Tensor) -> Tensor:
         """Return ``x A_i^T B_i^T`` side by side for the blocks, zeros where a block is not enabled."""
