@@ -11,28 +11,44 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
 import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from measure import COPY, Run, interleaved
-from safetensors.numpy import save_file
 
 TABLE = """
 schema = 1
 family = "bench"
 match = { model_type = ["bench"] }
 
-[[param]]
-hf = "model.layers.{i}.{m:self_attn.q_proj|self_attn.k_proj|self_attn.v_proj|self_attn.o_proj}.weight"
-ms = "model.layers.{i}.{m:attention.wq|attention.wk|attention.wv|attention.wo}.weight"
-axes = "out in"
+[sizes]
+hidden = "hidden_size"
+inner = "intermediate_size"
+layers = "num_hidden_layers"
 
-[[param]]
-hf = "model.layers.{i}.mlp.{m:gate_proj|up_proj|down_proj}.weight"
-ms = "model.layers.{i}.feed_forward.{m:w1|w3|w2}.weight"
-axes = "out in"
+[holes]
+i = "layers"
+
+[[linear]]
+hf = "model.layers.{i}.self_attn.{m:q_proj|k_proj|v_proj|o_proj}"
+ms = "model.layers.{i}.attention.{m:wq|wk|wv|wo}"
+out = "hidden"
+in = "hidden"
+
+[[linear]]
+hf = "model.layers.{i}.mlp.{m:gate_proj|up_proj}"
+ms = "model.layers.{i}.feed_forward.{m:w1|w3}"
+out = "inner"
+in = "hidden"
+
+[[linear]]
+hf = "model.layers.{i}.mlp.down_proj"
+ms = "model.layers.{i}.feed_forward.w2"
+out = "hidden"
+in = "inner"
 """
 
 GUARD = "import mindspore as ms; ms.train.serialization._get_available_memory = lambda: None\n"
@@ -82,15 +98,26 @@ def gpt2_shapes(count: int, hidden: int = 2048) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def write(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "float32") -> None:
-    """Write random tensors as safetensors and, beside, as a torch file."""
+def write(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Write random tensors as safetensors and, beside, as a torch file.
+
+    In a process of its own: what a child may claim as its peak memory starts at its parent's.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=write_here, args=(path, shapes))
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit("could not write the benchmark's data")
+
+
+def write_here(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    import numpy as np
     import torch
+    from safetensors.numpy import save_file
     from safetensors.torch import load_file
 
     rng = np.random.default_rng(0)
-    save_file(
-        {name: rng.standard_normal(shape, dtype=np.float32).astype(dtype) for name, shape in shapes.items()}, path
-    )
+    save_file({name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}, path)
     torch.save(load_file(path), path.with_suffix(".bin"))
 
 
@@ -99,7 +126,7 @@ def adapter(folder: Path, mb: int) -> None:
     folder.mkdir()
     shapes = {}
     i = 0
-    while sum(int(np.prod(s)) * 4 for s in shapes.values()) < mb * 10**6:
+    while sum(4 * math.prod(shape) for shape in shapes.values()) < mb * 10**6:
         for name in "qv":
             p = f"base_model.model.model.layers.{i}.self_attn.{name}_proj."
             shapes |= {f"{p}lora_A.weight": (16, 2048), f"{p}lora_B.weight": (2048, 16)}

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from . import dialects, tables
+from . import dialects
 from .axes import Expr, cast, reads
 from .dialects import factors
 from .dialects.adapter import Adapter, Content, Dialect, Facts, Json, LoraModule
@@ -21,6 +21,9 @@ from .dtypes import BY_NAME, DType
 from .errors import MappingError
 from .names import natural_key
 from .selection import Selection, select, tensors_of
+
+if TYPE_CHECKING:
+    from .tables import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
         dropped += [(name, "base weight, left out by --adapter-only") for name in tensors_of((), base)]
         adapter = replace(adapter, extras=tuple(e for e in adapter.extras if e.kind != "base"), merged=False)
     before = set(tensors_of(adapter.modules, adapter.extras))
-    table = None if source.framework == target.framework else _table(settings)
+    table = _table(source, target, settings)
     mapped = adapter if table is None else _map(adapter, table, target, settings)
     ties = () if table is None else _ties(adapter, table, target, settings)
     after = set(tensors_of(mapped.modules, mapped.extras))
@@ -93,19 +96,19 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
     )  # fmt: skip
 
 
-def _table(settings: Settings) -> tables.Table:
-    known = tables.load_tables(settings.mappings)
-    if settings.family not in known:
-        raise MappingError(
-            f"no table for the family {settings.family!r}",
-            where=f"known families: {', '.join(sorted(known))}",
-            hint="pick one with --family, or give your own table with --mappings DIR",
-        )
-    return known[settings.family]
+def _table(source: Dialect, target: Dialect, settings: Settings) -> Table | None:
+    """Return the table to go through; None where names stay as they are."""
+    if source.framework == target.framework or (settings.family == "identity" and not settings.layout):
+        return None
+    from .tables import load_family
+
+    return load_family(settings.family, settings.mappings)
 
 
-def _map(adapter: Adapter, table: tables.Table, target: Dialect, settings: Settings) -> Adapter:
+def _map(adapter: Adapter, table: Table, target: Dialect, settings: Settings) -> Adapter:
     """Rename through the table; a full model must be complete on its own side first."""
+    from . import tables
+
     config = settings.model_config
     sizes = tables.sizes_from_config(table, config) if config else None
     to, side = _sides(target)
@@ -124,10 +127,12 @@ def _map(adapter: Adapter, table: tables.Table, target: Dialect, settings: Setti
     return tables.map_adapter(table, adapter, to=to, sizes=sizes, layout=settings.layout)
 
 
-def _ties(adapter: Adapter, table: tables.Table, target: Dialect, settings: Settings) -> tuple[tuple[str, str], ...]:
+def _ties(adapter: Adapter, table: Table, target: Dialect, settings: Settings) -> tuple[tuple[str, str], ...]:
     """Return the source tensors that the table leaves out because they equal another one."""
+    from .tables import tied_checks
+
     read = {extra.name: next(iter(tensors_of((), (extra,))), "") for extra in adapter.extras}
-    checks = tables.tied_checks(table, read, side=_sides(target)[1], layout=settings.layout)
+    checks = tied_checks(table, read, side=_sides(target)[1], layout=settings.layout)
     return tuple((read[name], read[other]) for name, other in checks if other in read)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, MappingError
 from .families import check_complete, detect_family, names, resolve, sizes_from_config, tied_checks
 from .mapping import map_adapter
 from .names import Template, TemplateError
@@ -16,8 +16,8 @@ from .rules import Buffer, Layout, Order, Prefix, Rule, RuleRef, Side, SideName,
 from .sizes import Size, SizeError
 
 __all__ = [
-    "Table", "check_complete", "detect_family", "load_table", "load_tables", "map_adapter", "names", "read_table",
-    "resolve", "sizes_from_config", "tied_checks",
+    "Table", "check_complete", "detect_family", "family_names", "load_family", "load_table", "load_tables",
+    "map_adapter", "names", "read_table", "resolve", "sizes_from_config", "tied_checks",
 ]  # fmt: skip
 
 SCHEMA = 1
@@ -48,19 +48,52 @@ def load_tables(extra_dir: Path | None = None) -> dict[str, Table]:
     """
     found: dict[str, Table] = {}
     for folder in [_shipped(), *([extra_dir] if extra_dir is not None else [])]:
-        paths = sorted(path for path in folder.glob("*.toml") if path.is_file())
-        if len(paths) > MOST_FILES or (folder is extra_dir and not folder.is_dir()):
-            raise InputError(f"{folder} is not a folder of at most {MOST_FILES} tables", where=str(folder))
-        for path in paths:
-            table = load_table(path)
-            if table.family in found:
-                raise InputError(
-                    f"two tables claim the family {table.family!r}",
-                    where=(found[table.family].file, str(path)),
-                    hint="give your table a family name of its own and choose it with --family",
-                )
-            found[table.family] = table
+        for path in _files(folder, extra_dir):
+            _add(found, load_table(path), path)
     return found
+
+
+def load_family(family: str, extra_dir: Path | None = None) -> Table:
+    """Return one family's table without loading every other: a shipped table's file has its family's name.
+
+    Raises MappingError listing the known families when there is none, InputError as :func:`load_tables` does.
+    """
+    own: dict[str, Table] = {}
+    for path in _files(extra_dir, extra_dir) if extra_dir is not None else ():
+        _add(own, load_table(path), path)
+    shipped = {path.stem: path for path in _files(_shipped(), None)}
+    if family in shipped:
+        _add(own, load_table(shipped[family]), shipped[family])
+    if family not in own:
+        raise MappingError(
+            f"no table for the family {family!r}",
+            where=f"known families: {', '.join(family_names(extra_dir))}",
+            hint="pick one with --family, or give your own table with --mappings DIR",
+        )
+    return own[family]
+
+
+def family_names(extra_dir: Path | None = None) -> list[str]:
+    """Return the known families, sorted; the shipped tables are not opened for it."""
+    own = [load_table(path).family for path in _files(extra_dir, extra_dir)] if extra_dir is not None else []
+    return sorted({*own, *(path.stem for path in _files(_shipped(), None))})
+
+
+def _files(folder: Path, extra_dir: Path | None) -> list[Path]:
+    paths = sorted(path for path in folder.glob("*.toml") if path.is_file())
+    if len(paths) > MOST_FILES or (folder is extra_dir and not folder.is_dir()):
+        raise InputError(f"{folder} is not a folder of at most {MOST_FILES} tables", where=str(folder))
+    return paths
+
+
+def _add(found: dict[str, Table], table: Table, path: Path) -> None:
+    if table.family in found:
+        raise InputError(
+            f"two tables claim the family {table.family!r}",
+            where=(found[table.family].file, str(path)),
+            hint="give your table a family name of its own and choose it with --family",
+        )
+    found[table.family] = table
 
 
 def load_table(path: Path) -> Table:

@@ -14,7 +14,6 @@ from ..forward import Settings, dialect_named
 from ..manifest import Manifest
 from ..repository import Framework, Input, Output, framework_of, plan_output
 from ..selection import Selection
-from .inspect import family_candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +142,8 @@ def _target_dialect(
 
 def families(given: Input, origin: Dialect, options: ConvertOptions) -> list[str]:
     """Return the families whose tables know every module of the source."""
+    from .inspect import family_candidates
+
     return family_candidates(given, origin, mappings=options.mappings)
 
 

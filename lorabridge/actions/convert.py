@@ -18,7 +18,7 @@ from ..forward import Forward, forward, options_text
 from ..fsio import Staging, require_space
 from ..repository import ADAPTER_CONFIG, MODEL_CONFIG, Input, open_input
 from . import compress
-from .choices import Choice, ConvertOptions, choose, families, settings_for
+from .choices import Choice, ConvertOptions, choose, settings_for
 from .convert_report import ConvertReport, ModuleRow, RoundingRow
 
 Progress = Callable[[int, int], None]
@@ -120,8 +120,9 @@ def _forward_job(given: Input, choice: Choice, options: ConvertOptions) -> Job:
     record = _record(given, choice, made, planned, options_text(settings))
     notes = list(made.notes)
     if choice.crosses and choice.family is None:
-        fitting = [name for name in families(given, choice.origin, options) if name != "identity"]
-        notes += [f"module paths are unchanged; --family {name} gives MindFormers' names" for name in fitting[:1]]
+        notes.append(
+            "module paths are unchanged; --family gives another project's names (lorabridge inspect names tables)"
+        )
     return Job(
         choice=choice,
         plan=planned,

@@ -74,9 +74,9 @@ def dialects() -> list[str]:
 
 def known_family(name: str, mappings: Path | None, *, hint: str) -> str:
     """Return the name of a family table; a BadParameter suggests near names. An InputError names a malformed table."""
-    from ..tables import load_tables
+    from ..tables import family_names
 
-    known = sorted(load_tables(mappings))
+    known = family_names(mappings)
     if name not in known:
         raise click.BadParameter(f"no family is called {name!r}.{did_you_mean(name, known)}", param_hint=repr(hint))
     return name
@@ -84,10 +84,9 @@ def known_family(name: str, mappings: Path | None, *, hint: str) -> str:
 
 def matching_families(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Return the families that begin as typed, for the shell."""
-    from ..tables import load_tables
+    from ..tables import family_names
 
-    known = sorted(load_tables(ctx.params.get("mappings")))
-    return [CompletionItem(name) for name in known if name.startswith(incomplete)]
+    return [CompletionItem(name) for name in family_names(ctx.params.get("mappings")) if name.startswith(incomplete)]
 
 
 def yes_or_no(text: str) -> bool:

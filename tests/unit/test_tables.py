@@ -323,3 +323,11 @@ def test_the_example_of_the_grammar_page_is_a_table() -> None:
     assert names["backbone.blocks.1.w_qkv.weight"] == (16, 8)
     assert names["backbone.blocks.0.output.mapping.weight"] == (8, 32)
     assert names["classifier.weight"] == (-1, 8)
+
+
+def test_a_shipped_table_is_filed_under_its_family() -> None:
+    """`load_family` opens one file; it may rely on the name."""
+    from lorabridge.tables import family_names, load_family, load_tables
+
+    assert family_names() == sorted(load_tables())
+    assert all(load_family(name).family == name for name in family_names())
