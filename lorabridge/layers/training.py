@@ -34,8 +34,9 @@ def mark_only_lora_as_trainable(net: Cell, bias: Bias = "none") -> None:
     """Freeze everything but the adapters: loralib 0.1.2's function of this name.
 
     ``bias``: "none"; "all" biases train as well, those of norms (``beta``) included, as torch's names include them;
-    "lora_only" those of the LoRA layers (with r = 0 too, whose bias loralib trains and does not save). Unlike loralib it also unfreezes what must train, so that what an earlier
-    call left does not matter. Raises ValueError for another ``bias``, MappingError for a network without adapters.
+    "lora_only" those of the LoRA layers, r = 0 included (loralib trains their biases and does not save them). Unlike
+    loralib it also unfreezes what must train, so that what an earlier call left does not matter. Raises ValueError for
+    another ``bias``, MappingError for a network without adapters.
     """
     chosen = _adapter(net, bias)
     for parameter in _parameters(net).values():
