@@ -6,6 +6,8 @@ the key "container": loralib and loralib-ms have the same names and differ only 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..errors import UsageError
 from .adapter import Content, Dialect
 from .loralib import Loralib
@@ -26,6 +28,14 @@ def by_name(name: str) -> Dialect:
 
 
 def detect(content: Content) -> list[tuple[str, str]]:
-    """Return (dialect name, what gives it away) for every dialect that claims a file."""
+    """Return (dialect name, what gives it away) for every dialect that claims a file.
+
+    Tensor names outrank the config: an adapter_config.json may travel with, or lie beside, a file of any dialect.
+    """
+    by_names = _claims(replace(content, config=None))
+    return by_names or _claims(content)
+
+
+def _claims(content: Content) -> list[tuple[str, str]]:
     found = ((dialect.name, dialect.detect(content)) for dialect in DIALECTS)
     return [(name, why) for name, why in found if why is not None]

@@ -18,12 +18,13 @@ from .adapter import LoraModule, Scaling, Term
 
 
 def exact_alpha(value: float, rank: int) -> float | None:
-    """Return the alpha with ``alpha / rank == value`` in double precision, preferably an integer; None if none does."""
+    """Return the alpha with ``alpha / rank == value`` in doubles, the shortest in digits; None if none does."""
     if rank < 1 or not math.isfinite(value * rank):
         return None
     near = value * rank
     below, above = math.nextafter(near, -math.inf), math.nextafter(near, math.inf)
-    return next((alpha for alpha in (float(round(near)), near, below, above) if alpha / rank == value), None)
+    fitting = [alpha for alpha in (float(round(near)), near, below, above) if alpha / rank == value]
+    return min(fitting, key=lambda alpha: len(repr(alpha)), default=None)
 
 
 def rescaled(module: LoraModule, rank: int) -> Scaling:
@@ -245,7 +246,7 @@ def conv_to_peft(module: LoraModule) -> LoraModule:
         raise MappingError(
             f"loralib's {module.kind} factors (kernel {side}, {groups} groups) have no exact pair of conv factors",
             where=module.path,
-            hint="merge the adapter into the base first (lorabridge merge)",
+            hint="merge it into the base first (loralib does on eval()), or keep loralib's form with --to loralib-ms",
         )
     spread, width = side ** (dims - 1) // groups, term.rank
     channels, kernel = term.a.shape[1] // side, (side,) * dims

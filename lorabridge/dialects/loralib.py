@@ -17,7 +17,7 @@ from ..axes import Expr
 from ..errors import MappingError
 from . import factors
 from .adapter import Adapter, Content, Facts, LoraModule, Written
-from .pairs import Names, Problems, Reader, extras, group, in_mindspore, merged_state
+from .pairs import MERGE, Names, Problems, Reader, extras, group, in_mindspore, merged_state
 from .readings import read_pair
 from .spelling import Spelled, facts_about, spell_extras
 
@@ -79,8 +79,8 @@ def parse_bare(content: Content, names: Names) -> Adapter:
 
 
 def _refuse(adapter: Adapter) -> None:
-    problems = Problems()
-    merge = "merge the adapter into the base first (lorabridge merge), or choose peft or loralib-ms"
+    problems = Problems("properties of the adapter have no place in loralib")
+    merge = f"{MERGE}, or choose --to peft or loralib-ms"
     for module in adapter.modules:
         if module.weight != "weight":
             problems.add(f"loralib has no layer for {module.weight}", module.path, merge)
@@ -124,7 +124,10 @@ def spell_pair(module: LoraModule, facts: Facts) -> Spelled:
 
 
 def named(module: LoraModule, parameters: Mapping[str, Expr]) -> dict[str, Expr]:
-    """Return parameters under their full names; those of attention's input projection begin with ``in_proj_``."""
+    """Return parameters under their full names; those of attention's input projection begin with ``in_proj_``.
+
+    Other weights with a name of their own (``embedding_table``) are the only ones of their cell.
+    """
     dot = f"{module.path}." if module.path else ""
-    stem = "" if module.weight == "weight" else module.weight.removesuffix("_weight") + "_"
+    stem = "in_proj_" if module.weight == "in_proj_weight" else ""
     return {f"{dot}{stem}{name}": expr for name, expr in parameters.items()}

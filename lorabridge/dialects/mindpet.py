@@ -14,7 +14,7 @@ from ..axes import Expr
 from . import factors
 from .adapter import Adapter, Content, Fact, Facts, LoraModule, Written
 from .loralib import parse_bare
-from .pairs import Names, Problems, group
+from .pairs import MERGE, Names, Problems, group
 from .spelling import spell_extras
 
 ROLES = {
@@ -91,17 +91,19 @@ def _check_names(content: Content, found: Names) -> None:
     for name in found.rest:
         part = next((part for part in name.split(".") if part.startswith(OTHER)), None)
         if part is not None:
-            problems.add(f"{part} belongs to another algorithm than LoRA", name, "leave it out with --exclude")
+            problems.add(
+                f"{part} belongs to another algorithm than LoRA", name, "save the LoRA parameters by themselves"
+            )
     problems.raise_any(content.path)
 
 
 def _refuse(adapter: Adapter) -> None:
-    problems = Problems()
-    merge = "merge the adapter into the base first (lorabridge merge), or choose --to loralib-ms"
+    problems = Problems("properties of the adapter have no place in MindPet")
+    merge = f"{MERGE}, or choose --to loralib-ms"
     for module in adapter.modules:
         if module.kind != "linear":
             problems.add(f"MindPet has no LoRA for {module.kind}", module.path, merge)
-        if module.weight != "weight":
+        elif module.weight != "weight":
             problems.add(f"MindPet has no LoRA for {module.weight}", module.path, merge)
         if module.magnitude is not None:
             problems.add("MindPet has no DoRA magnitude", module.path, merge)

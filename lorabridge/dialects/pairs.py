@@ -21,14 +21,25 @@ from .optimizer import training_state
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DataParallel and torch.compile put before every name."""
 
+BASE_WEIGHTS = ("weight", "conv.weight")
+EMBEDDING_WEIGHTS = ("embedding_table", "embedding_weight")
+"""What MindSpore and MindFormers call the table of an embedding."""
+
+MERGE = "merge the adapter into the base first (in peft: merge_and_unload)"
+"""The cure for what a dialect cannot express."""
+
 TOKENS = "trainable_tokens"
 """Last component under which loralib-ms keeps peft's trained token rows; config says which rows they are."""
 
 
 class Problems:
-    """Collect what is wrong with a file, so that one error names everything."""
+    """Collect what is wrong with a file, so that one error names everything.
 
-    def __init__(self) -> None:
+    ``summary``: what the problems are, behind their number, where there are several.
+    """
+
+    def __init__(self, summary: str = "things are wrong with the adapter") -> None:
+        self._summary = summary
         self._places: dict[tuple[str, str], list[str]] = {}
 
     def add(self, problem: str, where: str, hint: str) -> None:
@@ -43,7 +54,7 @@ class Problems:
         if len(self._places) == 1:
             (((problem, _), where),) = self._places.items()
         else:
-            problem = f"{len(self._places)} things are wrong with the adapter"
+            problem = f"{len(self._places)} {self._summary}"
             where = [f"{place}: {what}" for (what, _), places in self._places.items() for place in places]
         raise MappingError(problem, where=[*where, f"in {path}"] if path else where, hint=hints)
 
@@ -188,7 +199,7 @@ def extras(content: Content, rest: Mapping[str, TensorSpec], modules: Sequence[L
 def weight_names(path: str, weight: str) -> Iterable[str]:
     """Return the names under which a module's base weight may lie in a full checkpoint."""
     dot = f"{path}." if path else ""
-    return (f"{dot}{weight}", f"{dot}conv.{weight}", f"{dot}embedding_table") if weight == "weight" else (dot + weight,)
+    return tuple(dot + name for name in (*BASE_WEIGHTS, *EMBEDDING_WEIGHTS)) if weight == "weight" else (dot + weight,)
 
 
 def module_weight(module: LoraModule, rest: Mapping[str, TensorSpec]) -> TensorSpec | None:

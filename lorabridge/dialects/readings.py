@@ -10,7 +10,7 @@ from ..axes import ShapeError, read
 from ..tensors import TensorSpec
 from . import factors
 from .adapter import LoraModule, ModuleKind, Term
-from .pairs import Reader, flag, in_mindspore, weight_names
+from .pairs import EMBEDDING_WEIGHTS, Reader, flag, in_mindspore, weight_names
 
 KINDS = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
 EMBEDDING_WORDS = ("emb", "wte", "wpe")
@@ -50,7 +50,7 @@ def _kind(reader: Reader, path: str, specs: Specs, base: TensorSpec | None) -> M
         return None
     if axes > 2:
         return cast(ModuleKind, f"conv{axes - 2}d")
-    if f"{dot}embedding_table" in reader.rest:
+    if any(dot + name in reader.rest for name in EMBEDDING_WEIGHTS):
         return "embedding"
     if base is not None:
         return _matrix_kind(reader, path, specs, base)

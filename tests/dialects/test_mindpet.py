@@ -145,4 +145,4 @@ def test_all_that_is_refused_is_named_at_once_with_the_cure():
         MINDPET.write(Adapter(odd, (Extra("emb", "trainable_tokens_delta", vector, "trainable_tokens"),)), facts())
     named = {place.partition(":")[0] for place in caught.value.where}
     assert named == {"dora", "biased", "emb", "conv", "mha", "emb.trainable_tokens_delta"}
-    assert "lorabridge merge" in caught.value.hint
+    assert "merge_and_unload" in caught.value.hint
