@@ -49,7 +49,7 @@ def open_input(path: Path, *, config: Path | None = None) -> Input:
     """Open a file or a directory; headers, configs and the manifest only.
 
     ``config`` names an adapter_config.json or a model's config.json, told apart by their fields, and outranks what is
-    found. Without it an adapter config is looked for in the directory or beside the file, then in the manifest.
+    found. Without it configs come from the manifest of a lone file, else from the directory or from beside the file.
     Raises InputError for anything malformed, with the file.
     """
     path = Path(path)
@@ -57,12 +57,11 @@ def open_input(path: Path, *, config: Path | None = None) -> Input:
     try:
         found, stated = manifest.find(path, source.metadata)
         folder = path if path.is_dir() else path.parent
-        adapter_config, config_from = _beside(folder / ADAPTER_CONFIG)
-        model_config, _ = _beside(folder / MODEL_CONFIG)
-        if found is not None and adapter_config is None:
-            adapter_config, config_from = found.target.config, "the manifest"
-        if found is not None and model_config is None:
-            model_config = found.model_config
+        if found is not None and found.describes(source.specs) and not path.is_dir():
+            adapter_config, config_from, model_config = found.target.config, "the manifest", found.model_config
+        else:
+            adapter_config, config_from = _beside(folder / ADAPTER_CONFIG)
+            model_config, _ = _beside(folder / MODEL_CONFIG)
         if config is not None:
             given = read_json(config)
             if "peft_type" in given:
