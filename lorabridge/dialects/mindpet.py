@@ -65,7 +65,8 @@ class Mindpet:
             said.append(Fact("*", "merged", False))
         if shared != int(shared):
             notes = (*notes, f"alpha {shared!r} is not an integer, which MindPet accepts and MindFormers' tools round")
-        return Written(tensors, facts=Facts(tuple(said)), notes=(f"build the network with lora_rank={top} and lora_alpha={shared:g}: the file cannot say them", *notes))
+        needs = f"build the network with lora_rank={top} and lora_alpha={shared:g}: the file cannot say them"
+        return Written(tensors, facts=Facts(tuple(said)), notes=(needs, *notes))
 
 
 def _named(module: LoraModule) -> tuple[tuple[str, Expr], tuple[str, Expr]]:
