@@ -131,8 +131,8 @@ def wide(x: Tensor) -> Tensor:
 
 
 def lift(x: Tensor, upcast: bool) -> Tensor:
-    """Return the tensor in float32 where ``upcast`` asks for it; usable inside ``construct``."""
-    return x.astype(float32) if upcast else x
+    """Return the tensor in the type to compute in: float32 for bfloat16 if ``upcast``; usable inside ``construct``."""
+    return x.astype(float32) if upcast and x.dtype == bfloat16 else x
 
 
 def must_upcast(dtype: DType) -> bool:

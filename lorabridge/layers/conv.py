@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from .binding import Cell, DType, Parameter, Tensor, float32, lift, must_upcast, nn, ops, wide
+from .binding import Cell, DType, Parameter, Tensor, bfloat16, float32, lift, must_upcast, nn, ops, wide
 from .convolve import Convolution, Geometry, Sizes, checked_geometry
 from .initial import check_kind, check_lora, check_sizes, uniform, zeros
 from .state import Merging, norm_beside
@@ -72,7 +72,7 @@ class ConvLoRA(Merging, Cell):
         self.geometry, self.kernel_size = geometry, geometry.kernel
         self.r, self.lora_alpha, self.merge_weights = r, lora_alpha, merge_weights
         self.conv_form, self.use_rslora, self.use_dora = conv_form, use_rslora, use_dora
-        self.upcast = must_upcast(dtype)
+        self.upcast = must_upcast(bfloat16)
         self.mergeable = conv_form == "loralib" or groups == 1
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r) if r else 0.0
         dropout = lora_dropout if r and conv_form == "peft" else 0.0
@@ -126,16 +126,16 @@ class ConvLoRA(Merging, Cell):
         kind, single = x.dtype, x.ndim == self.dims + 1
         x = lift(ops.expand_dims(x, 0) if single else x, self.upcast)
         if not self.r or self.merged:
-            y = self.convolve(x, self.kernel(lift(self.weight, self.upcast)))
+            y = self.convolve(x, self.kernel(self.weight.astype(x.dtype)))
         elif self.conv_form == "loralib":
             y = self.convolve(x, self.kernel(self.adapted_kernel().astype(x.dtype)))
         else:
-            y = self.adapt(x, self.convolve(x, self.kernel(lift(self.weight, self.upcast))))
+            y = self.adapt(x, self.convolve(x, self.kernel(self.weight.astype(x.dtype))))
         ones = (1,) * self.dims
         if self.bias is not None:
-            y = y + lift(self.bias, self.upcast).reshape((1, -1, *ones))
+            y = y + self.bias.astype(y.dtype).reshape((1, -1, *ones))
         if self.lora_bias is not None:
-            y = y + lift(self.lora_bias, self.upcast).reshape((1, -1, *ones)) * self.scaling
+            y = y + self.lora_bias.astype(y.dtype).reshape((1, -1, *ones)) * self.scaling
         return y[0].astype(kind) if single else y.astype(kind)
 
     def kernel(self, weight: Tensor) -> Tensor:
@@ -153,15 +153,15 @@ class ConvLoRA(Merging, Cell):
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the adapter's part in peft's form to the base's convolution ``y``."""
         dropped = x if self.lora_dropout is None else self.lora_dropout(x)
-        hidden = self.convolve_a(dropped, lift(self.lora_A, self.upcast))
-        update = self.convolve_b(hidden, lift(self.lora_B, self.upcast)) * self.scaling
+        hidden = self.convolve_a(dropped, self.lora_A.astype(x.dtype))
+        update = self.convolve_b(hidden, self.lora_B.astype(x.dtype)) * self.scaling
         if not self.use_dora:
             return y + update
         norm: Tensor = ops.stop_gradient(norm_beside(wide(self.weight) + self.delta(), 0))
         scale = (wide(self.lora_magnitude_vector) / norm.reshape((1, -1, *(1,) * self.dims))).astype(y.dtype)
         plain = y
         if self.lora_dropout is not None:
-            plain = self.convolve(dropped, self.kernel(lift(self.weight, self.upcast)))
+            plain = self.convolve(dropped, self.kernel(self.weight.astype(x.dtype)))
         return y + (scale - 1.0) * plain + scale * update
 
 

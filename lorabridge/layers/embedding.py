@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .binding import Cell, DType, Tensor, float32, lift, must_upcast, ops, wide
+from .binding import Cell, DType, Tensor, bfloat16, float32, lift, must_upcast, ops, wide
 from .initial import check_kind, check_lora, check_sizes, normal, zeros
 from .state import Merging, norm_beside
 
@@ -47,7 +47,7 @@ class Embedding(Merging, Cell):
         self.r, self.lora_alpha, self.merge_weights = r, lora_alpha, merge_weights
         self.use_rslora, self.use_dora = use_rslora, use_dora
         self.out_axis = 1
-        self.upcast = must_upcast(dtype)
+        self.upcast = must_upcast(bfloat16)
         self.scaling = 0.0
         self.embedding_table = normal("embedding_table", (num_embeddings, embedding_dim), dtype)
         if self.padding_idx is not None:
@@ -75,7 +75,7 @@ class Embedding(Merging, Cell):
         if not self.r or self.merged:
             return y.astype(kind)
         after_a = self.held(ops.gather(lift(self.lora_A, self.upcast).T, ids, 0), ids)
-        update: Tensor = ops.matmul(after_a, lift(self.lora_B, self.upcast).T) * self.scaling
+        update: Tensor = ops.matmul(after_a, self.lora_B.astype(after_a.dtype).T) * self.scaling
         if not self.use_dora:
             return (y + update).astype(kind)
         norm: Tensor = ops.stop_gradient(norm_beside(wide(self.embedding_table) + self.delta(), self.out_axis))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .binding import Cell, DType, Parameter, Tensor, float32, lift, must_upcast, nn, ops, wide
+from .binding import Cell, DType, Parameter, Tensor, bfloat16, float32, lift, must_upcast, nn, ops, wide
 from .initial import check_kind, check_lora, check_sizes, uniform, zeros
 from .state import Merging, norm_beside
 
@@ -40,7 +40,7 @@ class Projection(Merging, Cell):
         self.fan_in_fan_out, self.merge_weights = fan_in_fan_out, merge_weights
         self.use_rslora, self.use_dora = use_rslora, use_dora
         self.out_axis = 1 if fan_in_fan_out else 0
-        self.upcast = must_upcast(dtype)
+        self.upcast = must_upcast(bfloat16)
         shape = (in_features, out_features) if fan_in_fan_out else (out_features, in_features)
         self.weight = uniform("weight", shape, in_features, dtype)
         self.bias = uniform("bias", (out_features,), in_features, dtype) if bias else None
@@ -72,7 +72,7 @@ class Projection(Merging, Cell):
 
     def project(self, x: Tensor) -> Tensor:
         """Return x times the base weight (or the merged one), without bias."""
-        weight = lift(self.weight, self.upcast)
+        weight = self.weight.astype(x.dtype)
         y: Tensor = ops.matmul(x, weight if self.fan_in_fan_out else weight.T)
         return y
 
@@ -84,9 +84,9 @@ class Projection(Merging, Cell):
         if self.r and not self.merged:
             y = self.adapt(x, y)
         if self.bias is not None:
-            y = y + lift(self.bias, self.upcast)
+            y = y + self.bias.astype(y.dtype)
         if self.lora_bias is not None:
-            y = y + lift(self.lora_bias, self.upcast) * self.scaling
+            y = y + self.lora_bias.astype(y.dtype) * self.scaling
         return y.astype(kind)
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
@@ -110,8 +110,9 @@ class Linear(Projection):
     ``[r, in]`` uniform on +-1/sqrt(in), ``lora_B`` ``[out, r]`` zero; the weight does not train when ``r > 0``, the
     bias does. ``use_rslora``: scaling ``alpha / sqrt(r)``. ``use_dora``: ``lora_magnitude_vector`` ``[out]``; call
     ``reset_magnitude()`` after loading a base to start training from. ``lora_bias``: a bias on B, ``[out]``.
-    ``dtype``: float16, bfloat16 (on the CPU computed in float32 and rounded once), float32 or float64. Input
-    ``[..., in]`` in the weight's type. Raises TypeError and ValueError for arguments out of range.
+    ``dtype``: the parameters' type, float16, bfloat16, float32 or float64. Input ``[..., in]``; everything is computed
+    in the input's type, bfloat16 on the CPU in float32 with one rounding at the end. Raises TypeError and ValueError
+    for arguments out of range.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class Linear(Projection):
 
     def low_rank(self, x: Tensor) -> Tensor:
         """Return ``x A^T B^T``, shape ``[..., out]``."""
-        y: Tensor = ops.matmul(ops.matmul(x, lift(self.lora_A, self.upcast).T), lift(self.lora_B, self.upcast).T)
+        y: Tensor = ops.matmul(ops.matmul(x, self.lora_A.astype(x.dtype).T), self.lora_B.astype(x.dtype).T)
         return y
 
     def product(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from .binding import DType, Tensor, float32, lift, ops, wide
+from .binding import DType, Tensor, float32, ops, wide
 from .initial import check_kind, check_lora, check_sizes
 from .linear import Projection
 
@@ -59,8 +59,8 @@ class MergedLinear(Projection):
 
     def low_rank(self, x: Tensor) -> Tensor:
         """Return ``x A_i^T B_i^T`` side by side for the blocks, zeros where a block is not enabled."""
-        hidden: Tensor = ops.matmul(x, lift(self.lora_A, self.upcast).T)
-        factor = lift(self.lora_B, self.upcast)
+        hidden: Tensor = ops.matmul(x, self.lora_A.astype(x.dtype).T)
+        factor = self.lora_B.astype(x.dtype)
         r, rows = self.r, self.rows
         parts: tuple[Tensor, ...] = ()
         for block, length in self.runs:

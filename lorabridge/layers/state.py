@@ -12,6 +12,7 @@ merged weight is a parameter of its own that only takes the weight's place:
   beyond the dialect's, and needs no note about the mode it was saved in. The merged parameter itself says what it is:
   its name ends in ``_merged`` and a number.
 * Loading into a merged cell (``load_param_into_net``, ``Parameter.set_data``) merges the new values at once.
+* A cell is made unmerged, and a deep copy is in the state of its original.
 * A graph compiled in either state stays right in the other, since the two read different parameters.
 
 :func:`merged_parameters` makes the other kind of state on purpose: merged weights under the names of the plain
@@ -110,6 +111,15 @@ class Merging:
         if "training" in flags and self.merge_weights:
             (self.unmerge if flags["training"] else self.merge)()
         return found
+
+    def __setstate__(self, state: object) -> None:
+        """Finish a deep copy or an unpickling: the twin merges its own parameters."""
+        super().__setstate__(state)  # type: ignore[misc]
+        self.__dict__.pop("_merged_parameter", None)
+        if self.merged:
+            self.__dict__.pop(self.adapted)
+            self.merged = False
+            self.merge()
 
     def _sources(self) -> list[Parameter]:
         return [self.base, *(parameter for _, parameter in self.lora_parameters())]

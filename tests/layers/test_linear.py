@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import loralib
 import mindspore as ms
 import numpy as np
@@ -213,3 +216,25 @@ def test_parameters_have_the_dialects_names_inside_a_network() -> None:
         "query.weight", "query.bias", "query.lora_A", "query.lora_B", "query.lora_magnitude_vector",
         "value.weight", "value.bias", "value.lora_A", "value.lora_B", "value.lora_bias",
     ]  # fmt: skip
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_without_mindspore_the_error_says_what_to_install() -> None:
+    done = run_python(
+        "import sys; sys.modules['mindspore'] = None\n"
+        "from lorabridge.errors import LorabridgeError\n"
+        "try:\n    import lorabridge.layers\n"
+        "except ImportError as error:\n    assert isinstance(error, LorabridgeError)\n    print(error.hint)\n"
+    )
+    assert done.stdout.strip() == "run: pip install 'lorabridge[mindspore]'", done.stderr
+
+
+def test_the_layers_import_no_other_framework() -> None:
+    done = run_python(
+        "import sys, lorabridge.layers\n"
+        "print(sorted({'torch', 'peft', 'loralib', 'transformers', 'mindpet'} & set(sys.modules)))"
+    )
+    assert done.stdout.strip() == "[]", done.stderr

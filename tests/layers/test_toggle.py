@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -262,6 +263,48 @@ def test_two_cells_that_share_a_base_are_both_merged_again() -> None:
     for cell, wanted in zip((first, second), merged, strict=True):
         np.testing.assert_allclose(array(cell(x)), wanted, atol=1e-4)
     assert "set_data" not in first.base.__dict__
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_deep_copy_lives_its_own_life(merged: bool) -> None:
+    cell = make("linear")
+    cell.set_train(False)
+    cell.set_train(not merged)
+    twin = copy.deepcopy(cell)
+    x = input_for(cell)
+    before = bits(cell(x))
+    assert twin.merged is merged
+    assert bits(twin(x)) == before
+    twin.base.set_data(twin.base * 3)
+    assert bits(twin(x)) != before
+    assert bits(cell(x)) == before
+    merged_names = {one.__dict__["_merged_parameter"].name for one in (cell, twin) if one.merged}
+    assert len(merged_names) == 2 * merged
+    twin.set_train(True)
+    cell.set_train(True)
+    assert bits(twin.base) != bits(cell.base)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "embedding"])
+def test_mixed_precision_computes_in_the_inputs_type(kind: str) -> None:
+    cell = make(kind)
+    x = input_for(cell)
+    for train in (True, False):
+        cell.set_train(train)
+        wanted = array(cell(x))
+        half = cell(x.astype(ms.float16))
+        assert half.dtype == ms.float16
+        np.testing.assert_allclose(array(half), wanted, atol=0.02 * np.abs(wanted).max())
+
+
+def test_to_float_works_in_both_modes(mode: str) -> None:
+    made = network(3)
+    wanted = array(made(IDS))
+    half = network(3)
+    half.to_float(ms.float16)
+    for train in (True, False):
+        half.set_train(train)
+        np.testing.assert_allclose(array(half(IDS)), wanted, atol=0.02 * np.abs(wanted).max())
 
 
 def test_without_merge_weights_nothing_turns() -> None:
