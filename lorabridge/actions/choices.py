@@ -130,9 +130,10 @@ def _target_dialect(
                 hint="give the target another suffix, or choose another dialect with --to",
             )
         return goal
-    framework: Framework = framework_of(target) or ("torch" if origin.framework == "mindspore" else "mindspore")
-    if kept is not None and dialect_named(kept.source.dialect).framework == framework:
+    decided = framework_of(target)
+    if kept is not None and decided in (None, dialect_named(kept.source.dialect).framework):
         return dialect_named(kept.source.dialect)
+    framework: Framework = decided or ("torch" if origin.framework == "mindspore" else "mindspore")
     if origin.framework == framework:
         return origin
     if origin.name in ("hf", "ms"):

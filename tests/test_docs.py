@@ -1,0 +1,28 @@
+"""What the README prints is what the commands print."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_readme_s_transcripts_are_real() -> None:
+    spec = importlib.util.spec_from_file_location("transcripts", ROOT / "docs" / "transcripts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    transcripts = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(transcripts)
+    text = (ROOT / "README.md").read_text("utf-8")
+    now = transcripts.rerun(text)
+    assert now.count("\n$ ") >= 7
+    assert transcripts.same(text, now)
+
+
+def test_every_link_of_the_docs_leads_somewhere() -> None:
+    import re
+
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "mappings" / "README.md"]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
