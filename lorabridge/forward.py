@@ -51,7 +51,8 @@ class Forward:
 
     ``adapter``: in the target's names. ``unused``: (source tensor, reason) for what is left out on purpose;
     ``unselected``: source tensors outside the selection; ``ties``: (source tensor left out, source tensor it must
-    equal bit for bit), to be checked before anything is written.
+    equal bit for bit), to be checked before anything is written. ``modules``: as the dialect wrote them, where ranks
+    and scalings may differ from those of ``adapter``.
     """
 
     adapter: Adapter
@@ -62,6 +63,7 @@ class Forward:
     unselected: tuple[str, ...]
     notes: tuple[str, ...]
     ties: tuple[tuple[str, str], ...] = ()
+    modules: tuple[LoraModule, ...] = ()
 
 
 def forward(content: Content, source: Dialect, target: Dialect, settings: Settings) -> Forward:
@@ -70,6 +72,8 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
     Raises MappingError for everything the target cannot express, with every tensor that is concerned.
     """
     adapter = source.parse(content)
+    if target.framework == "torch":
+        adapter = _without_texts(adapter)
     adapter, unselected = select(adapter, settings.selection)
     if unselected:
         adapter = of_part(adapter)
@@ -92,8 +96,17 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
     outputs = tuple((name, _typed(expr, settings)) for name, expr in tensors)
     _check_all_used(content, outputs, dropped, unselected)
     return Forward(
-        mapped, outputs, written.config, written.facts, tuple(dropped), unselected, tuple(written.notes), ties
+        mapped, outputs, written.config, written.facts, tuple(dropped), unselected, tuple(written.notes), ties,
+        tuple(written.modules),
     )  # fmt: skip
+
+
+def _without_texts(adapter: Adapter) -> Adapter:
+    """Leave out the strings that MindSpore's append_dict stores as records: no torch file has tensors of text."""
+    texts = [extra for extra in adapter.extras if extra.value.dtype.kind == "text"]
+    said = tuple((name, "a string, which only a .ckpt holds") for name in tensors_of((), texts))
+    kept = tuple(extra for extra in adapter.extras if extra.value.dtype.kind != "text")
+    return replace(adapter, extras=kept, left_out=(*adapter.left_out, *said)) if texts else adapter
 
 
 def _table(source: Dialect, target: Dialect, settings: Settings) -> Table | None:

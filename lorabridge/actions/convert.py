@@ -130,7 +130,7 @@ def _forward_job(given: Input, choice: Choice, options: ConvertOptions) -> Job:
         config=made.config,
         manifest=record,
         residues={},
-        modules=tuple(ModuleRow.of(module) for module in made.adapter.modules),
+        modules=tuple(ModuleRow.of(module) for module in made.modules),
         unselected=made.unselected,
         warnings=(*choice.warnings, *made.adapter.warnings),
         notes=tuple(notes),

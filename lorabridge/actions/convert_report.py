@@ -88,9 +88,11 @@ class ConvertReport:
     def summary(self) -> str:
         """Return one line: what went where."""
         done = "would convert" if self.dry_run else "converted"
-        kind = f"{len(self.modules)} modules, " if self.modules else ""
+        from ..report import count
+
+        kind = f"{count(len(self.modules), 'module')}, " if self.modules else ""
         return (
-            f"{done} {kind}{self.tensors} tensors ({self.source_dialect} {self.source_format} -> "
+            f"{done} {kind}{count(self.tensors, 'tensor')} ({self.source_dialect} {self.source_format} -> "
             f"{self.target_dialect} {self.target_format}) to {self.target}"
         )
 

@@ -37,9 +37,16 @@ def loose_pairs(specs: Mapping[str, TensorSpec]) -> tuple[InspectedModule, ...]:
 def _module(path: str, a: TensorSpec | None, b: TensorSpec | None) -> InspectedModule:
     fits = a is not None and b is not None and len(a.shape) > 1 < len(b.shape) and a.shape[0] == b.shape[1]
     pair = Pair(_row(a), _row(b), 0, b.shape[0] if b is not None and b.shape else 0)
-    feature = "no lora_B" if b is None else "no lora_A" if a is None else "" if fits else "shapes do not fit"
+    feature = "no lora_B" if b is None else "no lora_A" if a is None else "" if fits else _misfit(a, b)
     rank = a.shape[0] if fits and a is not None else None
     return InspectedModule(path, "unknown", rank, None, None, (pair,), (feature,) if feature else ())
+
+
+def _misfit(a: TensorSpec, b: TensorSpec) -> str:
+    """Say what a pair is whose ranks differ: a MergedLinear holds the rows of A of several blocks."""
+    count = a.shape[0] // b.shape[1] if len(a.shape) == len(b.shape) == 2 and b.shape[1] else 0
+    whole = count > 1 and a.shape[0] == count * b.shape[1] and b.shape[0] % count == 0
+    return f"MergedLinear of {count} blocks?" if whole else "shapes do not fit"
 
 
 def _row(spec: TensorSpec | None) -> TensorRow:

@@ -178,12 +178,16 @@ class Content:
 @dataclass(frozen=True, slots=True)
 class Written:
     """What a dialect wants written: tensors in order, a config file's content if the dialect has one, and the facts
-    about the written file that the file itself cannot say (keyed by the paths in that file)."""
+    about the written file that the file itself cannot say (keyed by the paths in that file).
+
+    ``modules``: as they stand in the file, ranks and scalings included.
+    """
 
     tensors: Sequence[tuple[str, Expr]]
     config: Json | None = None
     facts: Facts = Facts()
     notes: tuple[str, ...] = ()
+    modules: Sequence[LoraModule] = ()
 
 
 class Dialect(Protocol):

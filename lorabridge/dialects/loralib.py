@@ -19,7 +19,7 @@ from . import factors
 from .adapter import Adapter, Content, Facts, LoraModule, Written
 from .pairs import MERGE, Names, Problems, Reader, extras, group, in_mindspore, merged_state
 from .readings import read_pair
-from .spelling import Spelled, facts_about, spell_extras
+from .spelling import Spelled, facts_about, name_tables, spell_extras
 
 ROLES = {"lora_A": ("a", "weight"), "lora_B": ("b", "weight")}
 
@@ -48,9 +48,10 @@ class Loralib:
         spelled = [_spell(module, facts) for module in adapter.modules]
         conv = {item.module.path for item in spelled if item.module.kind.startswith("conv")}
         tensors = [pair for item in spelled for pair in item.tensors]
-        tensors += spell_extras(adapter.extras, below_conv=conv)
+        tensors += spell_extras(name_tables(adapter, "weight"), below_conv=conv)
         notes = tuple(note for item in spelled for note in item.notes)
-        return Written(tensors, facts=facts_about(adapter, spelled), notes=notes)
+        modules = tuple(item.module for item in spelled)
+        return Written(tensors, facts=facts_about(adapter, spelled), notes=notes, modules=modules)
 
 
 def bare_names(content: Content) -> str | None:

@@ -22,7 +22,7 @@ from . import factors
 from .adapter import Adapter, Content, Facts, LoraModule, Written
 from .loralib import bare_names, named, parse_bare, spell_pair
 from .pairs import group, in_mindspore
-from .spelling import Spelled, facts_about, spell_extras
+from .spelling import Spelled, facts_about, name_tables, spell_extras
 
 PARTS = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "magnitude", "lora_bias": "bias"}
 ROLES = {
@@ -48,10 +48,12 @@ class LoralibMs:
     def write(self, adapter: Adapter, facts: Facts) -> Written:
         """Spell an adapter for our layers; conv factors keep their form unless the fact ``conv_form`` chooses one."""
         spelled = [_spell(module, facts) for module in adapter.modules]
-        tensors = [pair for item in spelled for pair in item.tensors] + spell_extras(adapter.extras)
+        tensors = [pair for item in spelled for pair in item.tensors]
+        tensors += spell_extras(name_tables(adapter, "embedding_table"))
         notes = tuple(note for item in spelled for note in item.notes)
         config = dict(adapter.config) or None
-        return Written(tensors, config, facts_about(adapter, spelled), notes)
+        modules = tuple(item.module for item in spelled)
+        return Written(tensors, config, facts_about(adapter, spelled), notes, modules)
 
 
 def _spell(module: LoraModule, facts: Facts) -> Spelled:

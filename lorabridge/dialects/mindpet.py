@@ -57,7 +57,8 @@ class Mindpet:
             alpha=float(alpha) if isinstance(alpha, int | float) else None,
         )
         tensors = [pair for module in modules for pair in _named(module)] + spell_extras(adapter.extras)
-        said = [Fact("*", "rank", top), Fact("*", "alpha", int(shared) if shared == int(shared) else shared)]
+        whole = int(shared) if shared == int(shared) else shared
+        said = [Fact("*", "rank", top), Fact("*", "alpha", whole)]
         orders = {module.path: module.fan_in_fan_out for module in modules if module.fan_in_fan_out is not None}
         if len(orders) == len(modules) and len(set(orders.values())) == 1:
             said.append(Fact("*", "fan_in_fan_out", next(iter(orders.values()))))
@@ -65,8 +66,8 @@ class Mindpet:
             said.append(Fact("*", "merged", False))
         if shared != int(shared):
             notes = (*notes, f"alpha {shared!r} is not an integer, which MindPet accepts and MindFormers' tools round")
-        needs = f"build the network with lora_rank={top} and lora_alpha={shared:g}: the file cannot say them"
-        return Written(tensors, facts=Facts(tuple(said)), notes=(needs, *notes))
+        needs = f"build the network with lora_rank={top} and lora_alpha={whole}: the file cannot say them"
+        return Written(tensors, facts=Facts(tuple(said)), notes=(needs, *notes), modules=modules)
 
 
 def _named(module: LoraModule) -> tuple[tuple[str, Expr], tuple[str, Expr]]:

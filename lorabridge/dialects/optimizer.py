@@ -22,7 +22,7 @@ JOINED = ("exp_avg_sq_row_", "exp_avg_sq_col_", "exp_avg_sq_")
 COUNTERS = frozenset({
     "global_step", "learning_rate", "beta1_power", "beta2_power", "momentum", "weight_decay", "epoch_num", "step_num",
     "scale_sense", "loss_scale", "current_iterator_step", "last_overflow_iterator_step", "afactor_step", "cov_step",
-    "fake_lr", "graceful_init", "graceful_exit",
+    "fake_lr", "graceful_init", "graceful_exit", "loss", "lr", "epoch", "step", "global_batch_size", "consumed_samples",
 })  # fmt: skip
 
 

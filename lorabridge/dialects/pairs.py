@@ -38,7 +38,7 @@ class Problems:
     ``summary``: what the problems are, behind their number, where there are several.
     """
 
-    def __init__(self, summary: str = "things are wrong with the adapter") -> None:
+    def __init__(self, summary: str = "things about the adapter are wrong or not stated") -> None:
         self._summary = summary
         self._places: dict[tuple[str, str], list[str]] = {}
 

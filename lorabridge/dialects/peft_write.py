@@ -11,6 +11,7 @@ from ..errors import MappingError
 from .adapter import Adapter, Extra, Facts, LoraModule, Value, Written
 from .peft_config import DEFAULTS, changes_base, read_settings, selected
 from .peft_scaling import scaling_fields
+from .spelling import name_tables
 
 PREFIX = "base_model.model."
 
@@ -25,16 +26,18 @@ def write(adapter: Adapter, facts: Facts) -> Written:
     modules, notes = _pairs(adapter, facts)
     _refuse(modules, adapter.extras)
     modules, filled = _with_bias(modules)
-    spelling = _Spelling.of(modules, adapter.extras)
+    extras = name_tables(adapter, "weight")
+    spelling = _Spelling.of(modules, extras)
     tensors = [item for module in modules for item in spelling.factors(module)]
-    tensors += [(spelling.extra(extra), extra.value) for extra in adapter.extras]
+    tensors += [(spelling.extra(extra), extra.value) for extra in extras]
     _refuse_twins([name for name, _ in tensors])
     fields, scaled = scaling_fields(modules, spelling.attention, adapter.config)
     config: dict[str, Value] = {**DEFAULTS, **adapter.config, "peft_type": "LORA", **fields}
     config.update(_flags(modules, adapter))
     config.update(_targets(modules, spelling.attention, adapter.config))
     config.update(_beside(adapter))
-    return Written(sorted(tensors, key=lambda item: item[0]), config, notes=(*notes, *filled, *scaled))
+    named = sorted(tensors, key=lambda item: item[0])
+    return Written(named, config, notes=(*notes, *filled, *scaled), modules=modules)
 
 
 def of_part(adapter: Adapter) -> Adapter:

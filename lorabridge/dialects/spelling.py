@@ -5,11 +5,11 @@ from __future__ import annotations
 import glob
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..axes import Expr
 from .adapter import Adapter, Extra, Fact, Facts, LoraModule, Value
-from .pairs import TOKENS
+from .pairs import EMBEDDING_WEIGHTS, TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,21 @@ def spell_extras(extras: Iterable[Extra], *, below_conv: Collection[str] = ()) -
         tokens = f"{dot}{TOKENS}" if extra.kind == "trainable_tokens" else extra.name
         out.append((f"{dot}conv.{extra.parameter}" if below else tokens, extra.value))
     return out
+
+
+def name_tables(adapter: Adapter, name: str) -> tuple[Extra, ...]:
+    """Return the extras with the tables of adapted embeddings under the name that a target's embedding gives them.
+
+    torch says ``weight`` and MindSpore ``embedding_table``; a name that a family table chose for MindSpore stays.
+    """
+    adapted = {module.path for module in adapter.modules if module.kind == "embedding"}
+    others = EMBEDDING_WEIGHTS if name == "weight" else ("weight",)
+    return tuple(
+        replace(extra, parameter=name)
+        if extra.path in adapted and extra.parameter in others and extra.kind != "trainable_tokens"
+        else extra
+        for extra in adapter.extras
+    )
 
 
 def facts_about(adapter: Adapter, spelled: Sequence[Spelled]) -> Facts:
