@@ -262,3 +262,20 @@ def test_links_and_options_without_support_are_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(UsageError, match="leave out"):
         TrainableParamsCheckPoint(tmp_path, optimizer="with")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["lora", "adapter", "low_rank_adapter", "prefixtuning", "bitfit", "ptuning2"])
+@pytest.mark.parametrize(
+    "patterns",
+    [{}, {"exclude": ["down.*"]}, {"include": ["*weight*", "*lora_a"]},
+     {"include": ["*lora*", "down.*"], "exclude": ["*lora*", "down.*", "norm*"]}],
+)  # fmt: skip
+def test_a_fresh_network_trains_what_mindpet_trains(
+    mode: str, patterns: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # MindPet writes its log there
+    graph = pytest.importorskip("mindpet.graph")
+    ours, theirs = Delta(), Delta()
+    freeze_delta(ours, mode, **patterns)
+    graph.freeze_delta(theirs, mode, **patterns)
+    assert training(ours) == training(theirs)
