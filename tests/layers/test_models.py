@@ -196,6 +196,55 @@ def test_configs_of_transformers_4_and_5_mean_the_same_network() -> None:
     assert not (tables[0] == tables[2]).all()
 
 
+PUBLISHED = {
+    "gpt2": {
+        "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+        "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "resid_pdrop": 0.1,
+        "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+        "summary_type": "cls_index", "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        **{key: GPT2[key] for key in ("n_embd", "n_head", "n_layer", "n_positions", "vocab_size")},
+    },
+    "bert-chinese": {
+        "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "directionality": "bidi",
+        "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "initializer_range": 0.02, "layer_norm_eps": 1e-12,
+        "model_type": "bert", "pad_token_id": 0, "pooler_fc_size": 768, "pooler_num_attention_heads": 12,
+        "pooler_num_fc_layers": 3, "pooler_size_per_head": 128, "pooler_type": "first_token_transform",
+        "type_vocab_size": 2, "position_embedding_type": "absolute", "pruned_heads": {}, **BERT,
+    },
+    "llama-2": {
+        "_name_or_path": "x", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "initializer_range": 0.02, "model_type": "llama", "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "transformers_version": "4.31.0.dev0", "use_cache": True, **LLAMA,
+    },
+    "qwen2.5": {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151643, "hidden_act": "silu", "initializer_range": 0.02, "max_window_layers": 24,
+        "model_type": "qwen2", "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True,
+        "use_mrope": False, "use_sliding_window": False, **LLAMA,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_as_they_are_published_are_read(name: str) -> None:
+    assert build(PUBLISHED[name]).trainable_params()
+
+
+def test_every_field_of_a_complete_config_is_known() -> None:
+    import json
+
+    import transformers
+
+    for case in CASES.values():
+        kind = case.architecture.split("For")[0].split("LM")[0].removesuffix("Model") + "Config"
+        whole = json.loads(getattr(transformers, kind)(**case.fields).to_json_string(use_diff=False))
+        assert build(whole, architecture=case.architecture).trainable_params()
+
+
 def test_the_architecture_can_be_given_where_the_config_has_none() -> None:
     fields = {"model_type": "gpt2", **GPT2}
     with pytest.raises(MappingError, match="pass architecture="):

@@ -65,7 +65,8 @@ def network(fields: Fields, dtype: DType) -> Cell:
     if architecture == "BertForMaskedLM":
         fields.only("tie_word_embeddings", True)
     fields.inert("tie_word_embeddings", "pad_token_id", "attention_probs_dropout_prob", "hidden_dropout_prob",
-                 "classifier_dropout")  # fmt: skip
+                 "classifier_dropout", "directionality", "pooler_fc_size", "pooler_num_attention_heads",
+                 "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type")  # fmt: skip
     fields.finish()
     base = Bert(shape, architecture in POOLED, dtype)
     if architecture == "BertModel":

@@ -51,7 +51,7 @@ def network(fields: Fields, dtype: DType) -> Cell:
         activation=fields.choice("hidden_act", "silu", ACTIVATIONS),
         qkv_bias=fields.model_type == "qwen2",
     )
-    if "head_dim" not in fields.config:
+    if fields.config.get("head_dim") is None:
         fields.divides(hidden, heads, "num_attention_heads")
     fields.divides(heads, shape.kv_heads, "num_key_value_heads")
     fields.divides(shape.head, 2, "head_dim")

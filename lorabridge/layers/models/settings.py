@@ -14,7 +14,13 @@ INERT = frozenset((
     "problem_type", "finetuning_task", "task_specific_params", "label2id", "use_cache", "return_dict",
     "output_attentions", "output_hidden_states", "output_past", "bos_token_id", "eos_token_id", "sep_token_id",
     "decoder_start_token_id", "initializer_range", "gradient_checkpointing", "chunk_size_feed_forward",
-    "attn_implementation", "pretraining_tp", "tokenizer_class", "prefix", "torchscript",
+    "attn_implementation", "pretraining_tp", "tokenizer_class", "prefix", "torchscript", "max_length",
+    "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+    "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
+    "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+    "tf_legacy_loss", "use_bfloat16", "tie_encoder_decoder",
 ))  # fmt: skip
 FALSE = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
 
@@ -114,17 +120,18 @@ class Fields:
             self.problems.extend((*other.problems, *other.unknown()))
 
     def unknown(self) -> list[str]:
-        """Return a line for each field that nobody asked for."""
+        """Return a line for each field that nobody asked for and that is not null."""
         return [
             f"{name}: {str(value)[:60]!r} is not a field that the network knows"
             for name, value in self.config.items()
-            if name not in self.asked and name not in INERT and not name.startswith("_")
+            if value is not None and name not in self.asked and name not in INERT and not name.startswith("_")
         ]
 
     def finish(self) -> None:
         """Raise one MappingError for every field that has a wrong value, or that nobody asked for."""
         for name in FALSE:
             self.only(name, False)
+        self.only("pruned_heads", {})
         self.problems.extend(self.unknown())
         if self.problems:
             raise MappingError(
