@@ -25,6 +25,7 @@ PEFT = {
     "bert-tokens": (["query", "value", "output.dense"], ["dense1", "dense3", "projection"]),
     "llama": (["q_proj", "v_proj", "down_proj", "embed_tokens"], ["wq", "wv", "w2", "tok_embeddings"]),
     "qwen2": (["k_proj", "up_proj", "lm_head"], ["wk", "w3", "lm_head"]),
+    "qwen2-tied": (["q_proj", "embed_tokens"], ["wq", "tok_embeddings"]),  # the head keeps the base table, as in peft
 }  # fmt: skip
 
 
