@@ -118,6 +118,12 @@ def resolve(table: Table, names: Iterable[str], *, side: SideName, layout: Mappi
     return Variant(found["hf"], found["ms"], chosen)
 
 
+def layout_from_config(table: Table, config: Mapping[str, object]) -> dict[str, str]:
+    """Return the choices that a model's config.json makes."""
+    told = [(entry.name, *entry.told) for entry in table.layouts if entry.told is not None]
+    return {name: choice for name, field, choice in told if config.get(field) is True}
+
+
 def _prefixes(table: Table, side: SideName, layout: Mapping[str, str]) -> tuple[str, ...]:
     answers = table.prefix(side).answers
     wanted = layout.get(f"{side}_prefix")

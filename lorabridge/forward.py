@@ -84,6 +84,8 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
         adapter = replace(adapter, extras=tuple(e for e in adapter.extras if e.kind != "base"), merged=False)
     before = set(tensors_of(adapter.modules, adapter.extras))
     table = _table(source, target, settings)
+    if table is not None:
+        settings = replace(settings, layout=_layout(table, settings))
     mapped = adapter if table is None else _map(adapter, table, target, settings)
     ties = () if table is None else _ties(adapter, table, target, settings)
     after = set(tensors_of(mapped.modules, mapped.extras))
@@ -116,6 +118,12 @@ def _table(source: Dialect, target: Dialect, settings: Settings) -> Table | None
     from .tables import load_family
 
     return load_family(settings.family, settings.mappings)
+
+
+def _layout(table: Table, settings: Settings) -> Mapping[str, str]:
+    from .tables import layout_from_config
+
+    return {**layout_from_config(table, settings.model_config or {}), **settings.layout}
 
 
 def _map(adapter: Adapter, table: Table, target: Dialect, settings: Settings) -> Adapter:
@@ -194,7 +202,9 @@ def _compressed(modules: tuple[LoraModule, ...], target: Dialect, settings: Sett
     for module in modules:
         ready = factors.single_pair(module, target.name)
         rank = settings.compress.get(module.path)
-        yield factors.compress(ready, rank) if rank is not None and rank < ready.terms[0].rank else ready
+        yield (
+            factors.compress(ready, rank, settings.dtype) if rank is not None and rank < ready.terms[0].rank else ready
+        )
 
 
 def _typed(expr: Expr, settings: Settings) -> Expr:

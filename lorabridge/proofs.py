@@ -117,6 +117,8 @@ def _sizes(table: Table) -> Iterator[str]:
 def _layouts(table: Table) -> Iterator[str]:
     seen = {"hf_prefix", "ms_prefix"}
     for layout in table.layouts:
+        if layout.told is not None and layout.told[1] not in dict(layout.choices):
+            yield f"{layout.ref}: config says {layout.told[1]!r}, which is not a choice"
         if layout.name in seen:
             yield f"{layout.ref}: layout {layout.name!r} is declared twice or reserved"
         seen.add(layout.name)

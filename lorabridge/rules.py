@@ -102,12 +102,16 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A property of a checkpoint that shapes do not show. ``choices``: (choice, the versions it belongs to)."""
+    """A property of a checkpoint that shapes do not show. ``choices``: (choice, the versions it belongs to).
+
+    ``told``: (field, choice): a field of config.json that, when it is true, says the choice.
+    """
 
     ref: RuleRef
     name: str
     choices: tuple[tuple[str, str], ...]
     default: str | None = None
+    told: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import InputError, MappingError
-from .families import check_complete, detect_family, names, resolve, sizes_from_config, tied_checks
+from .families import (
+    check_complete,
+    detect_family,
+    layout_from_config,
+    names,
+    resolve,
+    sizes_from_config,
+    tied_checks,
+)
 from .mapping import map_adapter
 from .names import Template, TemplateError
 from .proofs import prove
@@ -16,8 +24,8 @@ from .rules import Buffer, Layout, Order, Prefix, Rule, RuleRef, Side, SideName,
 from .sizes import Size, SizeError
 
 __all__ = [
-    "Table", "check_complete", "detect_family", "family_names", "load_family", "load_table", "load_tables",
-    "map_adapter", "names", "read_table", "resolve", "sizes_from_config", "tied_checks",
+    "Table", "check_complete", "detect_family", "family_names", "layout_from_config", "load_family", "load_table",
+    "load_tables", "map_adapter", "names", "read_table", "resolve", "sizes_from_config", "tied_checks",
 ]  # fmt: skip
 
 SCHEMA = 1
@@ -34,7 +42,7 @@ _KEYS = {
     "param": (*_RULE_KEYS, "axes"),
     "tied": ("hf", "ms", "to", "when"),
     "buffer": ("hf", "ms", "drop", "prefix"),
-    "layout": ("name", "choices", "default"),
+    "layout": ("name", "choices", "default", "config"),
 }
 _BIAS = {True: "yes", False: "no", "optional": "optional"}
 
@@ -382,4 +390,7 @@ def _layout(reader: _Reader, ref: RuleRef, item: Item) -> Layout:
     if len(choices) < 2 or not all(text.strip() for _, text in choices):
         reader.complain(ref, "choices must have two entries or more, each with the versions it belongs to")
     default = reader.text(ref, item, "default") if "default" in item else None
-    return Layout(ref, reader.text(ref, item, "name"), choices, default)
+    told = reader.pairs(ref, item, "config") if "config" in item else ()
+    if len(told) > 1:
+        reader.complain(ref, "config names one field of config.json and the choice it means when it is true")
+    return Layout(ref, reader.text(ref, item, "name"), choices, default, told[0] if told else None)

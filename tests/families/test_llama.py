@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lorabridge import axes
 from lorabridge.dialects.adapter import Adapter
@@ -189,3 +191,25 @@ def test_a_head_that_should_be_tied_is_compared_and_left_out(tables: dict[str, T
     tied = map_adapter(tables["llama"], model(store, shapes), to="ms", layout={"head": "tied"})
     assert tied.left_out == (("lm_head.weight", "tied: equal to model.embed_tokens.weight"),)
     assert "lm_head.weight" not in {extra.name for extra in tied.extras}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_config_says_whether_the_head_is_tied(tied: bool, tmp_path: Path) -> None:
+    """Small models have no lm_head on disk; nobody should have to say so."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lorabridge import ConvertOptions, convert, open_checkpoint
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=tied,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "out.ckpt", ConvertOptions(family="llama"))
+    with open_checkpoint(tmp_path / "out.ckpt") as checkpoint:
+        assert ("lm_head.weight" in checkpoint) is not tied
+    convert(tmp_path / "out.ckpt", tmp_path / "back")
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (
+        tmp_path / "back" / "model.safetensors"
+    ).read_bytes()
