@@ -65,21 +65,28 @@ def rank_for(a: Matrix, b: Matrix, tolerance: float) -> tuple[int, float]:
 def compress(a: Matrix, b: Matrix, rank: int) -> tuple[Matrix, Matrix]:
     """Return the factors of the best approximation of ``b @ a`` of a lower rank.
 
-    The singular values go in equal parts (square roots) to both factors. Signs are fixed, so that the result does
-    not depend on the linear algebra library's choice. Columns beyond the delta's own rank are zero.
+    Rows and columns beyond the delta's own rank are zero; see :func:`balanced` for the form.
     """
     qb, rb = np.linalg.qr(b)
     qa, ra = np.linalg.qr(a.T)
     u, values, vt = np.linalg.svd(rb @ ra.T, full_matrices=False)
-    u, values, vt = u[:, :rank], values[:rank], vt[:rank]
-    left, right = qb @ u, vt @ qa.T
-    peaks = np.argmax(np.abs(left), axis=0)
-    signs = np.where(left[peaks, np.arange(left.shape[1])] < 0, -1.0, 1.0)
-    root = np.sqrt(values) * signs
+    left, right = qb @ u[:, :rank], vt[:rank] @ qa.T
+    some_a, some_b = balanced(left, values[:rank], right)
     small_a, small_b = np.zeros((rank, a.shape[1])), np.zeros((b.shape[0], rank))
-    small_a[: len(root)] = root[:, None] * right
-    small_b[:, : len(root)] = left * root
+    small_a[: len(some_a)], small_b[:, : len(some_a)] = some_a, some_b
     return small_a, small_b
+
+
+def balanced(u: Matrix, values: Matrix, vt: Matrix) -> tuple[Matrix, Matrix]:
+    """Return factors ``(a, b)`` with ``b @ a == u @ diag(values) @ vt``: square roots of the values go to both.
+
+    Each column of ``u`` gets the sign that makes its largest element positive, so that the result does not depend on
+    the linear algebra library's choice.
+    """
+    peaks = np.argmax(np.abs(u), axis=0)
+    signs = np.where(u[peaks, np.arange(u.shape[1])] < 0, -1.0, 1.0)
+    root = np.sqrt(values) * signs
+    return root[:, None] * vt, u * root
 
 
 def _frobenius(x: Matrix) -> float:
