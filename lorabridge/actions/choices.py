@@ -82,7 +82,7 @@ def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
         )  # base weights do not travel: their state does not matter
     own = kept is not None or "lora_alpha" in (given.adapter_config or {})
     chosen = tuple(f for f in options.facts.entries if own or f.field not in ("alpha", "rank"))
-    origin = _source_dialect(given, kept, facts, options)
+    origin = source_dialect(given, kept, facts, options.source_dialect)
     goal = _target_dialect(origin, kept, Path(target), options)
     family = options.family or (kept.options.get("family") if kept and origin.framework != goal.framework else None)
     output = plan_output(target, framework=goal.framework, adapter=goal.name not in ("hf", "ms"))
@@ -99,9 +99,13 @@ def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
     return choice
 
 
-def _source_dialect(given: Input, kept: Manifest | None, facts: Facts, options: ConvertOptions) -> Dialect:
-    if options.source_dialect:
-        return dialect_named(options.source_dialect)
+def source_dialect(given: Input, kept: Manifest | None, facts: Facts, chosen: str | None) -> Dialect:
+    """Return the dialect of a file: as told, as its manifest says, or the one that claims it, else a whole model's.
+
+    Raises MappingError where several dialects claim it, UsageError where ``chosen`` names none.
+    """
+    if chosen:
+        return dialect_named(chosen)
     if kept is not None:
         return dialect_named(kept.target.dialect)
     found = dialects.detect(given.content(facts))
