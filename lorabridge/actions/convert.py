@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import __version__, execute, formats, manifest, numerics, plan, wayback
 from ..axes import Expr, reads
-from ..dialects.adapter import Json
+from ..dialects.adapter import Json, LoraModule
 from ..errors import MappingError, OutputError
 from ..forward import Forward, forward, options_text
 from ..fsio import Staging, require_space
@@ -37,6 +37,7 @@ class Job:
     manifest: manifest.Manifest | None
     residues: Mapping[str, bytes]
     modules: tuple[ModuleRow, ...]
+    compressed: tuple[compress.CompressedRow, ...]
     unselected: tuple[str, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
@@ -101,6 +102,7 @@ def _return_job(given: Input, choice: Choice, kept: manifest.Manifest, back: way
         manifest=None,
         residues=back.residues,
         modules=(),
+        compressed=(),
         unselected=(),
         warnings=warnings,
         notes=("restored bit for bit from the manifest",),
@@ -110,8 +112,9 @@ def _return_job(given: Input, choice: Choice, kept: manifest.Manifest, back: way
 def _forward_job(given: Input, choice: Choice, options: ConvertOptions) -> Job:
     content = given.content(choice.facts)
     settings = settings_for(given, choice, options)
+    whole: Sequence[LoraModule] = ()
     if options.compress:
-        found = compress.ranks(options.compress, content, choice.origin, choice.goal, settings, given.source)
+        found, whole = compress.ranks(options.compress, content, choice.origin, choice.goal, settings, given.source)
         settings = replace(settings, compress=found)
     made = forward(content, choice.origin, choice.goal, settings)
     _check_ties(given, made.ties)
@@ -131,6 +134,7 @@ def _forward_job(given: Input, choice: Choice, options: ConvertOptions) -> Job:
         manifest=record,
         residues={},
         modules=tuple(ModuleRow.of(module) for module in made.modules),
+        compressed=compress.measured(whole, made.adapter.modules, given.source),
         unselected=made.unselected,
         warnings=(*choice.warnings, *made.adapter.warnings),
         notes=tuple(notes),
@@ -290,6 +294,7 @@ def _report(
         warnings=job.warnings,
         notes=job.notes,
         rounding=RoundingRow.rows(notes),
+        compressed=job.compressed,
         digest=job.plan.digest,
         dry_run=options.dry_run,
     )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from ..dialects.adapter import LoraModule
 from ..numerics import Notes
+from .compress import CompressedRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +37,26 @@ class ModuleRow:
 
 @dataclass(frozen=True, slots=True)
 class RoundingRow:
-    """What arithmetic cost one output tensor: elements that were rounded, of how many, and the worst relative error."""
+    """What arithmetic cost one output tensor: elements that were rounded, of how many, and the worst relative error.
+
+    ``overflowed``: elements beyond the type's range, which ``--on-overflow`` made its largest value or infinite.
+    """
 
     tensor: str
     inexact: int
     elements: int
     worst: float
+    overflowed: int = 0
 
     @classmethod
     def rows(cls, notes: Notes) -> tuple[RoundingRow, ...]:
         """Collect what the kernels noted, in name order."""
         found = sorted(notes.rounding.items())
-        return tuple(cls(name, r.inexact, r.elements, r.max_relative_error) for name, r in found if r.inexact)
+        return tuple(
+            cls(name, r.inexact, r.elements, r.max_relative_error, r.overflowed)
+            for name, r in found
+            if r.inexact or r.overflowed
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +87,7 @@ class ConvertReport:
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     rounding: tuple[RoundingRow, ...]
+    compressed: tuple[CompressedRow, ...]
     digest: str
     dry_run: bool
 

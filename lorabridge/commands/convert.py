@@ -186,6 +186,13 @@ def _show(out: Output, done: ConvertReport) -> None:
     if done.rounding:
         worst = max(done.rounding, key=lambda row: row.worst)
         out.warn([f"{text.count(len(done.rounding), 'tensor')} rounded, at worst {_rounding(worst)}"])
+        lost = sum(row.overflowed for row in done.rounding)
+        if lost:
+            out.warn([f"{text.count(lost, 'value')} beyond the type's range became its largest or infinite"])
+    if done.compressed:
+        most = max(done.compressed, key=lambda row: row.error)
+        said = f"{text.count(len(done.compressed), 'module')} compressed, the delta changes at most by {most.error:.1e}"
+        out.warn([f"{said} of its norm ({most.path})"])
     out.warn(done.warnings)
     for note in done.notes:
         out.hint(note, label="note: ")
@@ -196,6 +203,8 @@ def _show(out: Output, done: ConvertReport) -> None:
 def _details(done: ConvertReport) -> list[str]:
     lines = [f"left out: {name} ({why})" for name, why in done.left_out]
     lines += [f"not selected: {name}" for name in done.unselected]
+    for row in done.compressed:
+        lines.append(f"compressed: {row.path}: rank {row.before} to {row.after}, relative error {row.error:.1e}")
     return lines + [f"rounded: {_rounding(row)}" for row in done.rounding]
 
 

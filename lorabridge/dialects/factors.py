@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..axes import Compute, Expr, ShapeError, cut, join, reorder, reshape, scale, zeros
-from ..dtypes import BY_NAME
+from ..dtypes import BY_NAME, DType, lossless
 from ..errors import MappingError
 from .adapter import LoraModule, Scaling, Term
 
@@ -323,16 +323,16 @@ def single_pair(module: LoraModule, dialect: str) -> LoraModule:
     return forms.get(dialect, lambda same: same)(grow(module))
 
 
-def compress(module: LoraModule, rank: int) -> LoraModule:
+def compress(module: LoraModule, rank: int, dtype: DType | None = None) -> LoraModule:
     """Replace the factors by the best ones of a lower rank (kernels ``compress_a`` and ``compress_b``).
 
     Best in the Frobenius norm of the delta: thin QR of both factors, SVD of the small core (Eckart and Young 1936).
-    loralib's conv factors keep their form, so their rank is rounded up to a multiple of the kernel side.
+    loralib's conv factors keep their form, so their rank is rounded up to a multiple of the kernel side. The factors
+    keep their type, or get ``dtype`` at once where that is wider.
     """
     module = grow(module)
+    refuse_grouped((module,))
     (term,) = module.terms
-    if module.groups > 1 and module.conv_form == "peft":
-        raise MappingError("grouped conv factors cannot be compressed", where=module.path, hint="leave out --compress")
     side = _side(module) if module.conv_form == "loralib" else 1
     counted = -(-max(rank, 1) // side)
     width = counted * side
@@ -342,12 +342,24 @@ def compress(module: LoraModule, rank: int) -> LoraModule:
         reshape(term.a, (term.rank, math.prod(term.a.shape[1:]))),
         reshape(term.b, (math.prod(term.b.shape) // term.rank, term.rank)),
     )
-    a = Compute("compress_a", flat, (("rank", width),), "", term.a.dtype, (width, flat[0].shape[1]))
-    b = Compute("compress_b", flat, (("rank", width),), "", term.b.dtype, (flat[1].shape[0], width))
+    a_type, b_type = (dtype if dtype and lossless(own, dtype) else own for own in (term.a.dtype, term.b.dtype))
+    a = Compute("compress_a", flat, (("rank", width),), "", a_type, (width, flat[0].shape[1]))
+    b = Compute("compress_b", flat, (("rank", width),), "", b_type, (flat[1].shape[0], width))
     small = Term(
         reshape(a, (width, *term.a.shape[1:])), reshape(b, (term.b.shape[0], width, *term.b.shape[2:])), 0, module.out
     )
     return replace(module, terms=(small,), scaling=rescaled(module, counted))
+
+
+def refuse_grouped(modules: Sequence[LoraModule]) -> None:
+    """Raise MappingError for factors that are no pair of matrices: peft's of grouped convolutions."""
+    grouped = [module.path for module in modules if module.groups > 1 and module.conv_form == "peft"]
+    if grouped:
+        raise MappingError(
+            "grouped conv factors cannot be compressed",
+            where=grouped,
+            hint="leave these modules out with --exclude, or leave out --compress",
+        )
 
 
 def _stacked(module: LoraModule) -> LoraModule:

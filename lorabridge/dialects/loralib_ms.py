@@ -57,12 +57,17 @@ class LoralibMs:
 
 
 def _spell(module: LoraModule, facts: Facts) -> Spelled:
-    form = facts.get(module.path, "conv_form")
+    form, before = facts.get(module.path, "conv_form"), module.scaling.rank
     if form == "peft":
         module = factors.conv_to_peft(module)
     elif form == "loralib":
         module = factors.conv_to_loralib(module, extended=True)
     item = spell_pair(module, facts)
+    if module.scaling.rank != before:
+        grown = (
+            f"{module.path}: rank {before} became {module.scaling.rank} in {module.conv_form}'s conv factors, exactly"
+        )
+        item = replace(item, notes=(*item.notes, grown))
     beside = {"lora_magnitude_vector": module.magnitude, "lora_bias": module.lora_bias}
     extra = named(module, {name: expr for name, expr in beside.items() if expr is not None})
     return replace(item, tensors=(*item.tensors, *extra.items()))

@@ -43,7 +43,10 @@ class _Refused(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """A piece of pattern: ``one`` character, ``start``, ``end``, ``cat``, ``alt`` or ``repeat``."""
+    """A piece of pattern: ``one`` character, ``start``, ``end``, ``stop``, ``cat``, ``alt`` or ``repeat``.
+
+    ``end`` is ``$``, which also holds before a last newline; ``stop`` only where nothing follows.
+    """
 
     kind: str
     accepts: Accepts | None = None
@@ -208,12 +211,10 @@ class Automaton:
     added: int = 0
 
     def matches(self, text: str) -> bool:
-        """Say whether the pattern matches a start of ``text``."""
-        return self.run(text) or (text.endswith("\n") and self.run(text[:-1]))
-
-    def run(self, text: str) -> bool:
-        """Say the same, an end anchor holding at the very end only."""
-        states = self._closure([0], at_start=True, at_end=not text)
+        """Say whether the pattern matches a start of ``text``; ``$`` holds at its end and before a last newline."""
+        last = len(text)
+        ends = (last, last - 1) if text.endswith("\n") else (last,)
+        states = self._closure([0], at_start=True, at_end=0 in ends, at_stop=not text)
         if 1 in states:
             return True
         for i, char in enumerate(text):
@@ -226,8 +227,8 @@ class Automaton:
                     self.moves.clear()
                 self.moves[key] = after
             states = after
-            if i == len(text) - 1:
-                states = self._closure(states, at_end=True)
+            if i + 1 in ends:
+                states = self._closure(states, at_end=True, at_stop=i + 1 == last)
             if 1 in states or not states:
                 return 1 in states
         return False
@@ -236,8 +237,11 @@ class Automaton:
         test = self.steps[state].accepts
         return test is not None and bool(test(char))
 
-    def _closure(self, heads: Iterable[int], *, at_start: bool = False, at_end: bool = False) -> frozenset[int]:
-        """Follow forks and the anchors that hold; an end anchor stays in the set until the end is reached."""
+    def _closure(
+        self, heads: Iterable[int], *, at_start: bool = False, at_end: bool = False, at_stop: bool = False
+    ) -> frozenset[int]:
+        """Follow forks and the anchors that hold; those of the end stay in the set until the end is reached."""
+        holds = {"fork", *(kind for kind, on in (("start", at_start), ("end", at_end), ("stop", at_stop)) if on)}
         seen: set[int] = set()
         todo = list(heads)
         while todo:
@@ -246,9 +250,9 @@ class Automaton:
                 continue
             seen.add(state)
             step = self.steps[state]
-            if step.kind == "fork" or (step.kind == "start" and at_start) or (step.kind == "end" and at_end):
+            if step.kind in holds:
                 todo.extend(step.to)
-        return frozenset(s for s in seen if self.steps[s].kind in ("one", "end", "match"))
+        return frozenset(s for s in seen if self.steps[s].kind in ("one", "end", "stop", "match"))
 
     def add(self, node: _Node, then: int) -> int:
         """Add a node that goes on to state ``then``; return where it begins. Used while building only."""
@@ -305,7 +309,7 @@ def _matcher(pattern: str, *, key: bool) -> Accepts:
     try:
         if key:
             return _automaton(_Reader(whole).whole()).matches
-        return _automaton(_Node("cat", parts=(_Reader(pattern).whole(), _Node("end")))).run
+        return _automaton(_Node("cat", parts=(_Reader(pattern).whole(), _Node("stop")))).matches
     except _Refused as error:
         raise MappingError(
             f"a pattern cannot be matched safely: {error}",

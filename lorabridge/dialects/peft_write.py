@@ -70,6 +70,7 @@ def _pairs(adapter: Adapter, facts: Facts) -> tuple[list[LoraModule], list[str]]
             pair = pad_rank(pair, wanted)
         modules.append(pair)
         before, after = [term.rank for term in module.terms], pair.terms[0].rank
+        before = [module.scaling.rank] if len(before) == 1 else before
         if before != [after]:
             notes.append(f"{module.path}: ranks {before} became one pair of rank {after}, exactly")
     init = changes_base(adapter.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import cast
 
@@ -14,6 +15,8 @@ from .pairs import EMBEDDING_WEIGHTS, Reader, flag, in_mindspore, weight_names
 
 KINDS = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
 EMBEDDING_WORDS = ("emb", "wte", "wpe")
+CONV_NAME = re.compile(r"(^|_)conv(\d?d)?\d*($|_)")
+"""Last components that name a convolution, whose bare factors look like those of a linear layer."""
 Specs = Mapping[str, TensorSpec]
 
 
@@ -56,9 +59,16 @@ def _kind(reader: Reader, path: str, specs: Specs, base: TensorSpec | None) -> M
         return _matrix_kind(reader, path, specs, base)
     if f"{dot}conv.bias" in reader.rest or reader.fact(path, "kernel_size") is not None:
         return _conv_kind(reader, path)
-    if not _embedding_like(path):
+    if _embedding_like(path):
+        _asked(reader, path, "nothing in the file says whether")
+    elif CONV_NAME.search(path.rpartition(".")[2].lower()):
+        reader.problems.add(
+            "nothing in the file says whether the layer is a convolution or linear",
+            path,
+            "give --kernel-size (PATTERN=K for one module), or say --kind PATTERN=linear",
+        )
+    else:
         return "linear"
-    _asked(reader, path, "nothing in the file says whether")
     return None
 
 

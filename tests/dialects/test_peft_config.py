@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorabridge.dialects.adapter import Json
@@ -74,6 +74,7 @@ def judged(match: Callable[[], bool]) -> bool | str:
 
 @settings(deadline=None, max_examples=700)
 @given(patterns, paths)
+@example("[^a][^a]$[^a]", "00\n")
 def test_keys_match_exactly_where_peft_matches(key: str, path: str) -> None:
     from peft.utils.other import get_pattern_key
 
