@@ -1,0 +1,94 @@
+"""Decide what two files are to each other, before anything is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import UsageError
+from ..manifest import Manifest
+from .verify_inputs import Opened, Route, VerifyOptions, route
+from .verify_report import RELATIONS, Relation
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Two files and their relation.
+
+    ``first`` and ``second`` are SRC and DST, or the other way round where DST is what SRC was converted from, and
+    where SRC is the merged checkpoint: the second's names count. ``kept``: the manifest of the conversion from first
+    to second. ``route``: from the first's names to the second's.
+    """
+
+    relation: Relation
+    first: Opened
+    second: Opened
+    base: Opened | None
+    kept: Manifest | None
+    route: Route
+    warnings: tuple[str, ...]
+
+    def compared(self) -> tuple[str, ...]:
+        """Return sentences on what is held against what."""
+        first, second = self.first, self.second
+        lines = [f"{first.role} and {second.role} are {RELATIONS[self.relation]}"]
+        if self.kept is not None:
+            by = f"by lorabridge {self.kept.version}"
+            lines[0] = (
+                f"{second.role} says that it was converted from {self.kept.source.file} {by}; that is {first.role}"
+            )
+        if self.route.table is not None and not self.route.table.identity:
+            lines.append(f"names of the two frameworks meet in the table {self.route.family}")
+        elif first.dialect.framework != second.dialect.framework:
+            lines.append("modules are compared under equal names")
+        if self.base is not None:
+            lines.append(f"base weights: {self.base.given.path}")
+        return tuple(lines)
+
+
+def decide(source: Opened, target: Opened, base: Opened | None, options: VerifyOptions) -> Case:
+    """Say what the files are to each other; UsageError where a base is needed or nothing fits."""
+    warnings = [f"{one.role}: {text}" for one in (source, target, base) if one for text in one.adapter.warnings]
+    first, second, kept = source, target, None
+    if _came_from(target, source):
+        kept = target.kept
+    elif _came_from(source, target):
+        first, second, kept = target, source, source.kept
+    else:
+        warnings += [
+            f"{one.role}'s manifest describes a conversion from {one.kept.source.file}, which is not {other.role}"
+            for one, other in ((source, target), (target, source))
+            if one.kept is not None and other.kept is None and one.kept.target.dialect != other.dialect.name
+        ]
+    relation: Relation = "conversion" if kept is not None else "adapters"
+    if kept is None and not (source.is_adapter and target.is_adapter):
+        relation = "merge" if source.is_adapter or target.is_adapter else "models"
+    if relation == "merge":
+        if base is None:
+            raise UsageError(
+                f"{source.role if source.is_adapter else target.role} is an adapter and the other file a whole model",
+                where=[str(source.given.path), str(target.given.path)],
+                hint="to check that the one was merged into the other, give the model without it: --base BASE",
+            )
+        if base.is_adapter:
+            raise UsageError("--base is an adapter", where=str(base.given.path), hint="give the model without adapter")
+        first, second = (source, target) if source.is_adapter else (target, source)
+    others = [base] if base is not None else []
+    chosen = route(_named_otherwise(first, second, base, relation), second, others, options)
+    return Case(relation, first, second, base, kept, chosen, tuple(dict.fromkeys(warnings)))
+
+
+def _named_otherwise(first: Opened, second: Opened, base: Opened | None, relation: Relation) -> Opened:
+    """Return the file whose names decide the table: of a merge, the base's, which are all of the model's."""
+    if relation == "merge" and base is not None and base.dialect.framework != second.dialect.framework:
+        return base
+    return first
+
+
+def _came_from(made: Opened, origin: Opened) -> bool:
+    """Say whether a file's manifest describes a conversion of the other file."""
+    if made.kept is None:
+        return False
+    return {spec.name: spec for spec in made.kept.source.specs} == dict(origin.source.specs)
