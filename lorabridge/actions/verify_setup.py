@@ -1,0 +1,111 @@
+"""What depth *model* runs: which files make up either network, decided before a framework is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from .. import frameworks, tables
+from ..dialects.adapter import Adapter, Json
+from ..errors import LorabridgeError, MappingError, UsageError
+from .verify_architecture import Architecture, architecture
+from .verify_case import Case
+from .verify_inputs import Opened
+
+NEEDS = ("torch", "transformers", "mindspore")
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """One framework's network: a whole model's weights, and an adapter on top with the file that holds it."""
+
+    weights: Opened
+    holder: Opened | None = None
+    adapter: Adapter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Everything decided before a framework is imported."""
+
+    torch: Half
+    mindspore: Half
+    table: tables.Table
+    layout: Mapping[str, str]
+    config: Json
+    ms_config: Json
+    architecture: Architecture
+
+
+def refusal(case: Case) -> str:
+    """Say why the depth cannot run for two files, in one line; empty where it can."""
+    try:
+        setup = prepare(case)
+    except LorabridgeError as error:
+        return " ".join([error.problem, *(f"({place})" for place in error.where[:3])])
+    needed = [*NEEDS, *(["peft"] if is_peft(setup.torch) else [])]
+    return frameworks.refusal(*needed)
+
+
+def prepare(case: Case) -> Setup:
+    """Decide which files make up either network; a LorabridgeError says what is missing or not supported."""
+    torch, mindspore = _halves(case)
+    config = torch.weights.given.model_config or mindspore.weights.given.model_config
+    if config is None:
+        raise UsageError("the model's config.json is not there", where=str(torch.weights.given.path))
+    holders = [half.adapter for half in (torch, mindspore) if half.adapter is not None]
+    chosen = architecture(config, holders)
+    own = (mindspore.holder or mindspore.weights).given.model_config
+    table = _table(case, str(config.get("model_type")))
+    known = {layout.name for layout in table.layouts}
+    layout = {name: choice for name, choice in chosen.layout.items() if name in known}
+    sizes = tables.sizes_from_config(table, config)
+    torch = _carried(torch, table, "torch", sizes, layout)
+    mindspore = _carried(mindspore, table, "mindspore", sizes, layout)
+    return Setup(torch, mindspore, table, layout, chosen.adjusted(config), chosen.adjusted(own or config), chosen)
+
+
+def _halves(case: Case) -> tuple[Half, Half]:
+    first, second, base = case.first, case.second, case.base
+    if case.relation == "merge":
+        if base is None:
+            raise UsageError("needs the model itself: --base BASE")
+        adapted, merged = Half(base, first, first.adapter), Half(second)
+        return (merged, adapted) if second.dialect.framework == "torch" else (adapted, merged)
+    if first.is_adapter:
+        if base is None:
+            raise UsageError("needs the model that the adapter belongs to: --base BASE")
+        if first.adapter.merged or second.adapter.merged:
+            raise UsageError("the base weights in the adapter's file already hold the delta")
+        halves = Half(base, first, first.adapter), Half(base, second, second.adapter)
+    else:
+        halves = Half(first), Half(second)
+    turned = first.dialect.framework == "mindspore" and second.dialect.framework == "torch"
+    return (halves[1], halves[0]) if turned else halves
+
+
+def _table(case: Case, model_type: str) -> tables.Table:
+    """Return the family table: the one between the files, else the one that names the model's type."""
+    if case.route.table is not None and not case.route.table.identity:
+        return case.route.table
+    for table in tables.load_tables().values():
+        if model_type in table.model_types:
+            return table
+    raise MappingError(f"no table for the model type {model_type!r}")
+
+
+def _carried(
+    half: Half, table: tables.Table, framework: str, sizes: Mapping[str, int], layout: Mapping[str, str]
+) -> Half:
+    """Give an adapter the names of the framework that it is to run in."""
+    if half.adapter is None or half.holder is None or half.holder.dialect.framework == framework:
+        return half
+    to = tables.map_adapter(
+        table, half.adapter, to="hf" if framework == "torch" else "ms", sizes=sizes, layout=layout
+    )  # fmt: skip
+    return replace(half, adapter=to)
+
+
+def is_peft(half: Half) -> bool:
+    """Say whether peft itself can load the adapter."""
+    return half.holder is not None and half.holder.dialect.name == "peft"
