@@ -1,0 +1,175 @@
+"""Write an adapter that was computed rather than converted: dialect, plan, container, and everything or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import execute, formats, manifest, numerics, plan
+from ..axes import cast, reads
+from ..dialects.adapter import Adapter, Dialect, Facts, LoraModule, Value
+from ..dtypes import DType
+from ..errors import OutputError, UsageError
+from ..forward import dialect_named
+from ..fsio import Staging, require_space
+from ..names import natural_key
+from ..repository import ADAPTER_CONFIG, Output, framework_of, plan_output
+from ..tensors import Source
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where and how an adapter is written."""
+
+    output: Output
+    dialect: Dialect
+    overwrite: bool = False
+    workers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """An adapter that is ready to be written: its plan, the files beside it, its modules and notes."""
+
+    plan: plan.Plan
+    companions: Mapping[str, str]
+    modules: tuple[LoraModule, ...]
+    notes: tuple[str, ...]
+
+
+def adapter_target(
+    target: Path | str,
+    inputs: Sequence[Path],
+    *,
+    default: Dialect,
+    chosen: str | None = None,
+    overwrite: bool = False,
+    workers: int = 0,
+) -> Target:
+    """Decide dialect and place from the target's path.
+
+    The suffix decides the framework where it names one; ``default`` is the dialect where it fits. UsageError where the
+    dialect and the suffix contradict each other, OutputError where the target lies on or inside an input.
+    """
+    decided = framework_of(Path(target))
+    goal = dialect_named(chosen) if chosen else default
+    if not chosen and decided not in (None, goal.framework):
+        goal = dialect_named("loralib-ms" if decided == "mindspore" else "peft")
+    if decided is not None and decided != goal.framework:
+        raise UsageError(
+            f"dialect {goal.name!r} is spelled in {goal.framework} files",
+            where=str(target),
+            hint="give the target another suffix, or choose another dialect with --to",
+        )
+    if goal.name in ("hf", "ms"):
+        raise UsageError("the output is an adapter", where=f"--to {goal.name}", hint="choose an adapter dialect")
+    output = plan_output(target, framework=goal.framework, adapter=True)
+    if goal.name == "peft" and not output.directory:
+        raise UsageError(
+            "a peft adapter is a directory: its rank and alpha stand in adapter_config.json",
+            where=str(target),
+            hint="name a directory, for example one that ends in a slash, or choose another dialect with --to",
+        )
+    place = output.target.resolve()
+    for path in inputs:
+        if place == path.resolve() or path.resolve() in place.parents:
+            raise OutputError("the output lies on or inside the input", where=str(target), hint="write elsewhere")
+    return Target(output, goal, overwrite, workers)
+
+
+def check_free(target: Target) -> None:
+    """Raise OutputError where the target cannot be written, before any work is done for it."""
+    names = [target.output.target]
+    if not target.output.directory:
+        names.append(manifest.sidecar(target.output.target))
+    taken = [str(path) for path in names if path.exists()]
+    if taken and not target.overwrite:
+        raise OutputError("the output exists already", where=taken, hint="choose another name or pass --overwrite")
+
+
+def pack(adapter: Adapter, source: Source, target: Target, *, dtype: DType | None = None) -> Package:
+    """Spell an adapter over ``source`` in the target's dialect; ``dtype`` casts floating-point tensors, once.
+
+    Tensors of ``source`` that the adapter does not read are no concern of the package: who computed it accounts for
+    them. MappingError for what the dialect cannot express.
+    """
+    written = target.dialect.write(adapter, Facts())
+    rows = sorted(written.tensors, key=lambda row: natural_key(row[0]))
+    outputs = [(n, cast(e, dtype) if dtype is not None and e.dtype.kind == "float" else e) for n, e in rows]
+    used = {name for _, expr in outputs for name in reads(expr)}
+    specs = {name: spec for name, spec in source.specs.items() if name in used}
+    companions = {}
+    if written.config is not None and target.dialect.name == "peft":
+        companions[ADAPTER_CONFIG] = json.dumps(dict(written.config), indent=2, sort_keys=True)
+    if written.facts.entries:
+        companions[_facts_name(target.output)] = _facts_text(written.facts)
+    return Package(plan.build(specs, outputs), companions, tuple(written.modules), tuple(written.notes))
+
+
+def _facts_name(output: Output) -> str:
+    return "lorabridge.json" if output.directory else manifest.sidecar(output.target).name
+
+
+def _facts_text(facts: Facts) -> str:
+    """Spell what the file cannot say as a sidecar that every command reads."""
+    every: dict[str, Value] = {}
+    modules: dict[str, dict[str, Value]] = {}
+    for entry in facts.entries:
+        place = every if entry.pattern == "*" else modules.setdefault(entry.pattern, {})
+        place.setdefault(entry.field, entry.value)
+    document = {"schema": manifest.FACTS_SCHEMA, **every, **({"modules": modules} if modules else {})}
+    return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+
+def publish(
+    package: Package, source: Source, target: Target, *, content: str, progress: Progress | None = None
+) -> None:  # fmt: skip
+    """Write a package and make its files visible together.
+
+    ``content``: a digest of what was computed, so that a killed run is taken up only by one of the same content.
+    """
+    output, framework = target.output, target.dialect.framework
+    sidecar = None if output.directory else manifest.sidecar(output.target).name
+    require_space(output.target.parent, package.plan.nbytes + (package.plan.nbytes >> 6))
+    notes = numerics.Notes()
+    with Staging(
+        output.target, digest=_identity(package, source, content), overwrite=target.overwrite,
+        directory=output.directory,
+    ) as staging:  # fmt: skip
+        sink = formats.make_sink(
+            output.format, staging.create, output.file, flavour="ms" if framework == "mindspore" else "hf"
+        )
+        execute.run(
+            package.plan, source, sink, kernels=lambda name: numerics.kernels(name, notes, {}),
+            metadata={"format": "ms" if framework == "mindspore" else "pt"},
+            workers=target.workers or workers(), progress=progress,
+        )  # fmt: skip
+        for name, text in package.companions.items():
+            file = staging.create(name)
+            file.write(0, text.encode())
+            file.close()
+        if sidecar is not None and sidecar not in package.companions:
+            staging.drop(sidecar)
+        staging.commit()
+
+
+def workers() -> int:
+    """Return how many threads to use where nothing says: one per CPU of this process, at most eight."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def _identity(package: Package, source: Source, content: str) -> str:
+    digest = hashlib.sha256(f"{package.plan.digest} {content}".encode())
+    names = [name for step in package.plan.steps for name in step.reads]
+    for path in sorted({extent.path for name in names for extent in source.extents(name)}):
+        status = path.stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+    for name, text in sorted(package.companions.items()):
+        digest.update(f"{name} {text}".encode())
+    return digest.hexdigest()
