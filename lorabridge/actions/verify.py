@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
@@ -13,8 +14,6 @@ from .verify_case import Case, Progress, decide
 from .verify_inputs import Opened, VerifyOptions, open_side
 from .verify_report import DepthResult, VerifyReport
 from .verify_tensors import verify_tensors
-
-Runner = Callable[[Case, VerifyOptions, Progress | None], DepthResult]
 
 
 def verify(
@@ -44,7 +43,8 @@ def verify(
         first, second = opened("SRC", Path(source)), opened("DST", Path(target))
         base = opened("BASE", options.base) if options.base is not None else None
         case = decide(first, second, base, options)
-        depths = tuple(_run(name, case, options, progress) for name in _order(case, options))
+        chosen = _chosen(case, options)
+        depths = tuple(_run(name, depth, case, options, progress) for name, depth in chosen.items())
         return VerifyReport(
             relation=case.relation,
             files=tuple(side.describe() for side in (first, second, base) if side is not None),
@@ -56,42 +56,64 @@ def verify(
         )
 
 
-def _layers(case: Case, options: VerifyOptions, progress: Progress | None) -> DepthResult:
-    from .verify_layers import verify_layers
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """One depth: what runs it, why it means nothing for two files, and what is missing to run it.
 
-    return verify_layers(case, options, progress)
+    The last two are empty where there is nothing to say.
+    """
 
-
-def _layers_refused(case: Case) -> str:
-    from .verify_layers import refusal
-
-    return refusal(case)
-
-
-RUNNERS: dict[str, Runner] = {"tensors": verify_tensors, "layers": _layers}
-"""What runs each depth."""
-
-REFUSALS: dict[str, Callable[[Case], str]] = {"tensors": lambda case: "", "layers": _layers_refused}
-"""What says why a depth cannot run for two files; empty where it can."""
+    run: Callable[[Case, VerifyOptions, Progress | None], DepthResult]
+    inapplicable: Callable[[Case], str]
+    refusal: Callable[[Case], str]
 
 
-def _order(case: Case, options: VerifyOptions) -> list[str]:
-    """Return the depths to report, the cheapest first; UsageError where one asked for by name cannot run."""
-    unknown = [name for name in options.depths if name not in RUNNERS]
+def _nothing(case: Case) -> str:
+    return ""
+
+
+def _layers() -> Depth:
+    from .verify_layers import inapplicable, refusal, verify_layers
+
+    return Depth(verify_layers, inapplicable, refusal)
+
+
+def _model() -> Depth:
+    from .verify_model import refusal, verify_model
+
+    return Depth(verify_model, _nothing, refusal)
+
+
+DEPTHS: dict[str, Callable[[], Depth]] = {
+    "tensors": lambda: Depth(verify_tensors, _nothing, _nothing),
+    "layers": _layers,
+    "model": _model,
+}
+"""The depths, the cheapest first; each is imported when it is needed."""
+
+
+def _chosen(case: Case, options: VerifyOptions) -> dict[str, Depth]:
+    """Return the depths; UsageError where one asked for by name cannot run."""
+    unknown = [name for name in options.depths if name not in DEPTHS]
     if unknown:
-        raise UsageError(f"no depth is called {unknown[0]!r}", hint=f"depths: {', '.join(RUNNERS)}")
-    impossible = {name: why for name in options.depths if (why := REFUSALS[name](case))}
-    if impossible:
-        raise UsageError(
-            f"depth {next(iter(impossible))!r} cannot run",
-            where=list(impossible.values()),
-            hint="leave out --depth to run the depths that are possible",
-        )
-    return list(RUNNERS)
+        raise UsageError(f"no depth is called {unknown[0]!r}", hint=f"depths: {', '.join(DEPTHS)}")
+    chosen: dict[str, Depth] = {}
+    for name, make in DEPTHS.items():
+        depth = make()
+        if name in options.depths and (why := depth.inapplicable(case) or depth.refusal(case)):
+            raise UsageError(
+                f"depth {name!r} cannot run", where=why, hint="leave out --depth to run the depths that are possible"
+            )
+        chosen[name] = depth
+    return chosen
 
 
-def _run(name: str, case: Case, options: VerifyOptions, progress: Progress | None) -> DepthResult:
-    if options.depths and name not in options.depths:
-        return DepthResult(name, "left out")
-    why = REFUSALS[name](case)
-    return DepthResult(name, "refused", why) if why else RUNNERS[name](case, options, progress)
+def _run(name: str, depth: Depth, case: Case, options: VerifyOptions, progress: Progress | None) -> DepthResult:
+    by_itself = not options.depths and name != "model"
+    if not (by_itself or name in options.depths or (options.model and name == "model")):
+        return DepthResult(name, "left out", "not asked for")
+    if why := depth.inapplicable(case):
+        return DepthResult(name, "left out", why)
+    if why := depth.refusal(case):
+        return DepthResult(name, "refused", why)
+    return depth.run(case, options, progress)

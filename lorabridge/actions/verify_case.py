@@ -60,7 +60,7 @@ def decide(source: Opened, target: Opened, base: Opened | None, options: VerifyO
         warnings += [
             f"{one.role}'s manifest describes a conversion from {one.kept.source.file}, which is not {other.role}"
             for one, other in ((source, target), (target, source))
-            if one.kept is not None and other.kept is None and one.kept.target.dialect != other.dialect.name
+            if one.kept is not None and source.is_adapter == target.is_adapter and one.dialect != other.dialect
         ]
     relation: Relation = "conversion" if kept is not None else "adapters"
     if kept is None and not (source.is_adapter and target.is_adapter):

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import dialects, numerics, tables
+from .. import numerics, tables
 from ..axes import Expr, evaluate
 from ..dialects.adapter import Adapter, Content, Dialect, Facts, Json
 from ..errors import MappingError, UsageError
 from ..floats import Bits, Numbers
-from ..forward import dialect_named
 from ..manifest import Manifest
 from ..repository import Input, open_input
 from ..tensors import Source
+from .choices import source_dialect
 from .inspect import family_candidates
 from .verify_report import ComparedFile
 
@@ -25,12 +25,14 @@ from .verify_report import ComparedFile
 class VerifyOptions:
     """Everything a verification can be told.
 
-    ``depths``: those asked for by name, all that are possible where none is. ``facts`` say what the files do not;
+    ``depths``: those asked for by name; where none is, *tensors* and *layers* if possible. ``model``: depth *model*
+    too, which runs whole networks. ``facts`` say what the files do not;
     what a file, its config or its manifest says outranks them. ``seed``: of the random inputs and bases.
     """
 
     base: Path | None = None
     depths: tuple[str, ...] = ()
+    model: bool = False
     source_dialect: str | None = None
     target_dialect: str | None = None
     family: str | None = None
@@ -80,29 +82,11 @@ def open_side(role: str, path: Path, options: VerifyOptions) -> Opened:
         facts = given.stated.then(kept.facts if kept else Facts()).then(options.facts)
         content = given.content(facts)
         chosen = {"SRC": options.source_dialect, "DST": options.target_dialect}.get(role)
-        dialect = _dialect(given, content, kept, chosen, role)
+        dialect = source_dialect(given, kept, facts, chosen)
         return Opened(role, given, dialect, kept, content, dialect.parse(content))
     except BaseException:
         given.source.close()
         raise
-
-
-def _dialect(given: Input, content: Content, kept: Manifest | None, chosen: str | None, role: str) -> Dialect:
-    if chosen:
-        return dialect_named(chosen)
-    if kept is not None:
-        return dialect_named(kept.target.dialect)
-    found = dialects.detect(content)
-    if len(found) > 1:
-        raise MappingError(
-            f"{role} fits several dialects",
-            where=[str(given.path), *(f"{name}: {why}" for name, why in found)],
-            hint="choose one with --from (SRC) or --to (DST)",
-        )
-    if found:
-        return dialect_named(found[0][0])
-    mindspore = given.source.format == "mindspore" or given.source.metadata.get("format") == "ms"
-    return dialect_named("ms" if mindspore else "hf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +136,9 @@ def _route(family: str, layout: Mapping[str, str], config: Json | None, options:
             hint="pick one with --family, or give your own table with --mappings DIR",
         )
     table = known[family]
-    return Route(family, table, layout, tables.sizes_from_config(table, config) if config else None)
+    told = tables.layout_from_config(table, config) if config else {}
+    sizes = tables.sizes_from_config(table, config) if config else None
+    return Route(family, table, {**told, **layout}, sizes)
 
 
 def _agree(first: Opened, second: Opened) -> bool:

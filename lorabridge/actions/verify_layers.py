@@ -34,12 +34,17 @@ LIBRARY_FAILURES = (LorabridgeError, RuntimeError, ValueError, TypeError, KeyErr
 """What a library raises when it cannot hold or run a layer: a finding about the files, not about lorabridge."""
 
 
-def refusal(case: Case) -> str:
-    """Say why the layers of two files cannot be run here; empty where they can."""
+def inapplicable(case: Case) -> str:
+    """Say why two files have no adapted layers to compare; empty where they have."""
     if case.relation == "merge":
-        return "a merged checkpoint has no adapter to run; depth tensors compares its values"
-    if case.relation == "models":
-        return "the files hold no adapter; depth tensors compares every parameter"
+        return "a merged checkpoint has no adapter to run"
+    if not (case.first.is_adapter and case.second.is_adapter):
+        return "the files hold no adapter"
+    return ""
+
+
+def refusal(case: Case) -> str:
+    """Say what is missing to run the layers of two files; empty where nothing is."""
     for side in (case.first, case.second):
         odd = unsupported_fields(side.adapter.config)
         if odd:

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 COMMANDS = {
     "convert": "lorabridge.commands.convert:convert",
+    "verify": "lorabridge.commands.verify:verify",
     "inspect": "lorabridge.commands.inspect:inspect",
     "tables": "lorabridge.commands.tables:tables",
     "clean": "lorabridge.commands.clean:clean",

@@ -1,0 +1,219 @@
+"""The command ``lorabridge verify``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, Unpack
+
+import click
+
+from .. import report as text
+from ._group import Command, Manual, documented
+from ._options import fact_options, mappings_option, output_options, progress_option
+from ._progress import Progress
+from ._terminal import Output, width
+from ._values import FACTS, Name, dialects, facts, is_fact, known_family, matching_families, pairs
+
+if TYPE_CHECKING:
+    from ..actions.verify_inputs import VerifyOptions
+    from ..actions.verify_report import DepthResult, ModuleRow, VerifyReport
+
+SHOWN = 10
+"""Modules and places that are listed without --verbose."""
+
+
+class Given(TypedDict):
+    """The options as click hands them over."""
+
+    base: Path | None
+    depth: tuple[str, ...]
+    source_dialect: str | None
+    target_dialect: str | None
+    family: str | None
+    config: Path | None
+    layout: tuple[str, ...]
+    mappings: Path | None
+    alpha: tuple[str, ...]
+    rank: tuple[str, ...]
+    use_rslora: tuple[str, ...]
+    fan_in_fan_out: tuple[str, ...]
+    enable_lora: tuple[str, ...]
+    kernel_size: tuple[str, ...]
+    groups: tuple[str, ...]
+    out_features: tuple[str, ...]
+    conv_form: tuple[str, ...]
+    kind: tuple[str, ...]
+    merged: tuple[str, ...]
+    seed: int
+    json: bool
+    quiet: bool
+    verbose: bool
+    no_progress: bool
+
+
+@documented(
+    Manual(
+        arguments={
+            "SRC": "A checkpoint: an adapter or a model, a file, a sharded set's index, or a directory.",
+            "DST": "What it was converted to (or from), another adapter, or a model into which it was merged.",
+        },
+        groups={
+            "What to compare": ("base", "depth", "seed"),
+            "From and to": ("source_dialect", "target_dialect", "family", "config", "layout", "mappings"),
+            "What the files do not say": tuple(FACTS),
+            "Output": ("json", "quiet", "verbose", "no_progress"),
+        },
+        examples=(
+            "lorabridge verify peft_adapter/ out.ckpt",
+            "lorabridge verify peft_adapter/ out.ckpt --base model/",
+            "lorabridge verify lora.pt out.ckpt --alpha 16 --depth tensors",
+            "lorabridge verify adapter/ merged/ --base model/",
+        ),
+        optional={"--fan-in-fan-out": (is_fact("fan_in_fan_out"), "yes")},
+    )
+)
+@click.command("verify", cls=Command)
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--base", metavar="BASE", type=click.Path(path_type=Path),
+              help="The model without the adapter, in either framework's names. Without it frozen weights are random; "
+              "an adapter and a merged model need it.")  # fmt: skip
+@click.option("--depth", type=click.Choice(["tensors", "layers"]), multiple=True,
+              help="Compare at this depth; by default at each that is possible. May be repeated.")  # fmt: skip
+@click.option("--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Seed of random inputs and frozen weights.")  # fmt: skip
+@click.option("--from", "source_dialect", type=Name("dialect", dialects), metavar="DIALECT",
+              help="Dialect of SRC, where detection is wrong or cannot decide.")  # fmt: skip
+@click.option("--to", "target_dialect", type=Name("dialect", dialects), metavar="DIALECT",
+              help="Dialect of DST, where detection is wrong or cannot decide.")  # fmt: skip
+@click.option("--family", metavar="NAME", shell_complete=matching_families,
+              help="Table of module names between the two; by default a manifest's, or the one that fits.")  # fmt: skip
+@click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
+              help="adapter_config.json of SRC or the model's config.json, where it is not beside SRC.")  # fmt: skip
+@click.option("--layout", metavar="KEY=VALUE", multiple=True,
+              help="A choice that a table asks for, such as qkv=grouped. May be repeated.")  # fmt: skip
+@mappings_option
+@fact_options
+@output_options
+@progress_option
+@click.pass_context
+def verify(context: click.Context, source: Path, target: Path, **given: Unpack[Given]) -> None:
+    """Prove that two files mean the same, or show where they do not.
+
+    Depth tensors compares the files themselves: the conversion between them run again in both directions, or factors
+    and deltas, or base + scaling * B A with a merged model. Depth layers runs every adapted layer with torch and peft
+    (or loralib) on one side and with MindSpore on the other and holds the outputs against a bound that follows from
+    their types and widths. Exit code 0 means equal, 1 different.
+    """
+    out = Output("verify", given["json"], given["quiet"], given["verbose"])
+    if given["family"] is not None:
+        known_family(given["family"], given["mappings"], hint="--family")
+    options = _options(given)
+    from ..actions.verify import verify as run
+
+    with _Stages(enabled=not (given["no_progress"] or given["quiet"])) as stages:
+        found = run(source, target, options, command=_command(context), progress=stages)
+    if out.json:
+        out.document(found.as_json())
+    else:
+        _show(out, found)
+    if found.exit_code:
+        raise click.exceptions.Exit(found.exit_code)
+
+
+class _Stages:
+    """Show the progress of one depth after the other."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._enabled = enabled
+        self._name = ""
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> _Stages:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+
+    def __call__(self, depth: str, done: int, total: int) -> None:
+        if depth != self._name or self._bar is None:
+            self.__exit__()
+            self._name, self._bar = depth, Progress(f"verifying {depth}", enabled=self._enabled)
+        self._bar(done, total)
+
+
+def _options(given: Given) -> VerifyOptions:
+    from ..actions.verify_inputs import VerifyOptions
+
+    texts: dict[str, tuple[str, ...]] = {
+        "alpha": given["alpha"], "rank": given["rank"], "use_rslora": given["use_rslora"],
+        "fan_in_fan_out": given["fan_in_fan_out"], "enable_lora": given["enable_lora"],
+        "kernel_size": given["kernel_size"], "groups": given["groups"], "out_features": given["out_features"],
+        "conv_form": given["conv_form"], "kind": given["kind"], "merged": given["merged"],
+    }  # fmt: skip
+    return VerifyOptions(
+        base=given["base"], depths=given["depth"], source_dialect=given["source_dialect"],
+        target_dialect=given["target_dialect"], family=given["family"], config=given["config"],
+        layout=pairs(given["layout"], "--layout"), mappings=given["mappings"], facts=facts(texts.items()),
+        seed=given["seed"],
+    )  # fmt: skip
+
+
+def _command(context: click.Context) -> str:
+    """Spell a command that compares the same files in the same way; how it prints is left out."""
+    words = ["lorabridge", "verify", str(context.params["source"]), str(context.params["target"])]
+    silent = {"source", "target", "json", "quiet", "verbose", "no_progress"}
+    for option in context.command.params:
+        value = context.params.get(option.name or "")
+        if option.name in silent or value in (None, (), False) or value == option.default:
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            words += [option.opts[-1], *([] if item is True else [str(item)])]
+    return shlex.join(words)
+
+
+def _show(out: Output, found: VerifyReport) -> None:
+    out.result(text.escape(found.summary()))
+    for line in found.compared:
+        out.summary(text.escape(line))
+    for depth in found.depths:
+        _show_depth(out, depth)
+    rows = found.worst(len(found.depths) * 10**6 if out.verbose else SHOWN)
+    if rows and (out.verbose or not found.ok):
+        shown = [item for item in rows if out.verbose or item[1].ok is False]
+        if shown:
+            header = ("module", "depth", "kind", "rank", "error", "of bound", "ulps", "cosine", "")
+            out.result(text.table(header, [_cells(*item) for item in shown], right="   rrrrr", width=width()))
+    out.warn(found.warnings)
+    if not out.verbose and not found.ok:
+        out.hint("-v lists every module and place", label="note: ")
+
+
+def _show_depth(out: Output, depth: DepthResult) -> None:
+    for line in depth.proved if depth.ok else ():
+        out.summary(text.escape(f"{depth.name}: {line}"))
+    for check in depth.checks:
+        if not check.ok:
+            out.result(text.escape(f"{depth.name}: not so: {check.name} ({check.detail})"))
+            places = check.where if out.verbose else check.where[:SHOWN]
+            for place in places:
+                out.result(text.escape(f"  {place}"))
+            if len(check.where) > len(places):
+                out.result(f"  and {len(check.where) - len(places)} more")
+        elif out.verbose:
+            out.result(text.escape(f"{depth.name}: {check.name}: {check.detail}"))
+
+
+def _cells(depth: str, row: ModuleRow) -> tuple[str, ...]:
+    numbers = (_number(row.max_abs), _number(row.ratio), _number(row.ulps), _cosine(row.cosine))
+    return (row.path, depth, row.kind, text.number(row.rank), *numbers, row.note)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _cosine(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}"
