@@ -74,6 +74,7 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
     adapter = source.parse(content)
     if target.framework == "torch":
         adapter = _without_texts(adapter)
+    _check_factors(adapter, target)
     adapter, unselected = select(adapter, settings.selection)
     if unselected:
         adapter = of_part(adapter)
@@ -101,6 +102,16 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
         mapped, outputs, written.config, written.facts, tuple(dropped), unselected, tuple(written.notes), ties,
         tuple(written.modules),
     )  # fmt: skip
+
+
+def _check_factors(adapter: Adapter, target: Dialect) -> None:
+    """Refuse to write a plain model as an adapter."""
+    if not adapter.modules and target.name not in ("hf", "ms"):
+        raise MappingError(
+            f"the checkpoint holds no LoRA factors that {target.name!r} could hold",
+            where=f"{len(adapter.extras)} plain parameters",
+            hint=f"convert it as a whole model with --to {'hf' if target.framework == 'torch' else 'ms'}",
+        )
 
 
 def _without_texts(adapter: Adapter) -> Adapter:

@@ -41,7 +41,9 @@ def map_adapter(
     """
     if table.identity:
         if layout:
-            raise UsageError("the identity table has no layouts", where=list(layout))
+            raise UsageError(
+                "the identity table has no layouts", where=list(layout), hint="leave out --layout, or pass --family"
+            )
         return adapter
     source = other_side(to)
     given = [module.path for module in adapter.modules] + [extra.name for extra in adapter.extras]

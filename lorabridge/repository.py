@@ -10,7 +10,7 @@ from typing import Literal
 
 from . import formats, manifest
 from .dialects.adapter import Content, Facts, Json
-from .errors import InputError
+from .errors import InputError, UsageError
 from .tensors import Source
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -53,6 +53,8 @@ def open_input(path: Path, *, config: Path | None = None) -> Input:
     Raises InputError for anything malformed, with the file.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise InputError("a path cannot hold a zero byte", where=repr(str(path)), hint="check the path")
     source = formats.open_source(weights_path(path))
     try:
         found, stated = manifest.find(path, source.metadata)
@@ -143,6 +145,8 @@ def plan_output(target: Path | str, *, framework: Framework, adapter: bool) -> O
     """
     path = Path(target)
     text = str(target)
+    if "\0" in text:
+        raise UsageError("a path cannot hold a zero byte", where=repr(text), hint="choose another name")
     if path.is_dir() or text.endswith("/") or not path.suffix:
         stem = ADAPTER_STEM if adapter else "model"
         suffix, format_name = (".safetensors", "safetensors") if framework == "torch" else (".ckpt", "mindspore")

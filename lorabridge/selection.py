@@ -64,6 +64,13 @@ def select(adapter: Adapter, selection: Selection) -> tuple[Adapter, tuple[str, 
             where=[f"{p!r}" for p in idle],
             hint="patterns are globs on module paths, for example '*.query'; `lorabridge inspect` lists the paths",
         )
+    if layers is not None and not any(layer_of(path) in layers for path, _ in names):
+        known = sorted({number for path, _ in names if (number := layer_of(path)) is not None})
+        raise MappingError(
+            f"no module is in the layers {selection.layers}",
+            where=f"layers in the file: {known[0]} to {known[-1]}" if known else "no path holds a number",
+            hint="correct --layers",
+        )
     modules = tuple(m for m in adapter.modules if _kept(selection, layers, m.path, m.path))
     extras = tuple(e for e in adapter.extras if _kept(selection, layers, e.path, e.name))
     if not modules and not extras:

@@ -90,7 +90,9 @@ def family_names(extra_dir: Path | None = None) -> list[str]:
 def _files(folder: Path, extra_dir: Path | None) -> list[Path]:
     paths = sorted(path for path in folder.glob("*.toml") if path.is_file())
     if len(paths) > MOST_FILES or (folder is extra_dir and not folder.is_dir()):
-        raise InputError(f"{folder} is not a folder of at most {MOST_FILES} tables", where=str(folder))
+        raise InputError(
+            f"not a directory of at most {MOST_FILES} tables", where=str(folder), hint="give --mappings a directory"
+        )
     return paths
 
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from . import numerics, plan
 from .axes import Compute, Expr, Read, children, evaluate, reads
-from .dialects.adapter import Content
+from .dialects.adapter import Content, Facts, Json
 from .errors import LorabridgeError
-from .forward import Forward, dialect_named, forward, settings_from
+from .forward import Forward, Settings, dialect_named, forward, settings_from
 from .manifest import Manifest
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ class WayBack:
 
 def replan(manifest: Manifest, *, mappings: Path | None) -> tuple[Forward, plan.Plan]:
     """Build the forward conversion of a manifest again, from its own description of the source."""
-    side = manifest.source
-    metadata = {**side.metadata, "container": side.format}
-    content = Content({s.name: s for s in side.specs}, metadata, side.config, manifest.stated, side.file)
+    side, content = manifest.source, _content(manifest)
     settings = settings_from(
         manifest.options, mappings=mappings, model_config=manifest.model_config, target_facts=manifest.chosen
     )
@@ -79,6 +77,25 @@ def way_back(source: Source, manifest: Manifest, *, mappings: Path | None) -> Wa
     exprs = {**inverse.exprs, **{name: inverse.exprs[other] for name, other in made.ties if other in inverse.exprs}}
     order = [s.name for s in manifest.source.specs if s.name in exprs]
     return WayBack(tuple((name, exprs[name]) for name in order), True, "", manifest.residues)
+
+
+def restored_config(manifest: Manifest) -> Json | None:
+    """Return the source's config; where only a part was selected, the one that its dialect gives that part.
+
+    peft fails to load a config that names whole modules which the file lacks.
+    """
+    side = manifest.source
+    chosen = settings_from(manifest.options, mappings=None, model_config=None, target_facts=Facts()).selection
+    if not chosen or side.config is None:
+        return side.config
+    dialect = dialect_named(side.dialect)
+    return forward(_content(manifest), dialect, dialect, Settings(selection=chosen)).config
+
+
+def _content(manifest: Manifest) -> Content:
+    side = manifest.source
+    metadata = {**side.metadata, "container": side.format}
+    return Content({s.name: s for s in side.specs}, metadata, side.config, manifest.stated, side.file)
 
 
 def _not(reason: str) -> WayBack:

@@ -90,7 +90,7 @@ def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
         raise UsageError("--max-shard-size needs a directory", where=str(target), hint="end DST with a slash")
     _check_places(given, output)
     choice = Choice(origin, goal, family, output, kept, facts, Facts(chosen), warnings)
-    if choice.crosses and choice.whole_model and family is None:
+    if choice.crosses and origin.name in ("hf", "ms") and choice.whole_model and family is None:
         raise UsageError(
             "a full model needs a family table to be renamed",
             where=f"fitting families: {', '.join(families(given, origin, options)) or 'none'}",

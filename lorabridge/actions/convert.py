@@ -22,6 +22,8 @@ from .choices import Choice, ConvertOptions, choose, settings_for
 from .convert_report import ConvertReport, ModuleRow, RoundingRow
 
 Progress = Callable[[int, int], None]
+SHOWN = 4
+"""How many of the tensors that are not restored a warning names."""
 DIGEST_LIMIT = 1 << 30
 """Outputs up to this many bytes get per-tensor digests in their manifest; larger models would wait for them."""
 
@@ -92,13 +94,14 @@ def _return_job(given: Input, choice: Choice, kept: manifest.Manifest, back: way
     absent = [spec.name for spec in kept.source.specs if spec.name not in restored]
     warnings = choice.warnings
     if absent:
-        said = f"{len(absent)} tensors were left out on the way here and are not restored: {', '.join(absent)}"
+        some = ", ".join(absent[:SHOWN]) + (" ..." if len(absent) > SHOWN else "")
+        said = f"{len(absent)} tensors were left out on the way here and are not restored: {some}"
         warnings = (*warnings, said)
     return Job(
         choice=choice,
         plan=planned,
         metadata=dict(kept.source.metadata) if choice.output.format == kept.source.format else {},
-        config=kept.source.config,
+        config=wayback.restored_config(kept),
         manifest=None,
         residues=back.residues,
         modules=(),

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 COMPRESS_LOSSLESS = "1e-6"
 """What --compress without a value means: the smallest rank whose relative error stays below this."""
 
+NOTES = 6
+"""How many notes are printed without -v; a deep model has one for every layer."""
+
 
 class Given(TypedDict):
     """The options as click hands them over."""
@@ -194,8 +197,11 @@ def _show(out: Output, done: ConvertReport) -> None:
         said = f"{text.count(len(done.compressed), 'module')} compressed, the delta changes at most by {most.error:.1e}"
         out.warn([f"{said} of its norm ({most.path})"])
     out.warn(done.warnings)
-    for note in done.notes:
+    notes = done.notes if out.verbose else done.notes[:NOTES]
+    for note in notes:
         out.hint(note, label="note: ")
+    if len(notes) < len(done.notes):
+        out.hint(f"{len(done.notes) - len(notes)} more of this kind; -v lists them", label="note: ")
     if not done.dry_run:
         out.hint(f"lorabridge inspect {shlex.quote(done.target)}", label="next: ")
 

@@ -137,8 +137,12 @@ def uniform(
             "a scaling of zero or infinity cannot be shared", where=bad, hint="leave these modules out with --exclude"
         )
     target = Scaling(_shared_alpha(values, top) if alpha is None else float(alpha), top)
-    if not math.isfinite(target.value) or (target.value == 0 and any(values)):
-        raise MappingError(f"alpha {target.alpha!r} would erase the adapter", hint="choose another --alpha")
+    shares = [value / target.value if target.value else math.inf for value in values if value]
+    if not math.isfinite(target.value) or not all(share and math.isfinite(share) for share in shares):
+        raise MappingError(
+            f"alpha {target.alpha!r} cannot share the scalings: a factor in B would vanish or be infinite",
+            hint="choose another --alpha",
+        )
     notes: Counter[str] = Counter()
     out = []
     for module, value in zip(single, values, strict=True):

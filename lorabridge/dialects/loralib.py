@@ -114,6 +114,7 @@ def spell_pair(module: LoraModule, facts: Facts) -> Spelled:
             notes = (f"{module.path}: blocks of rank {ranks} became one pair of rank {module.terms[0].rank}",)
     wanted = facts.get(module.path, "rank")
     if isinstance(wanted, int) and wanted > module.scaling.rank:
+        notes = (*notes, f"{module.path}: rank {module.scaling.rank} padded with zeros to {wanted}")
         module = factors.pad_rank(module, wanted)
     a, b = factors.as_merged(module)[:2] if enable else (module.terms[0].a, module.terms[0].b)
     chosen = facts.get(module.path, "enable_lora")

@@ -136,7 +136,9 @@ class Reader:
         if configured is None:
             return given
         if given is not None and given != configured:
-            self.overruled.setdefault(fact, f"{fact}={given} does not apply: adapter_config.json says {configured}")
+            self.overruled.setdefault(
+                fact, f"the source has {fact} {configured}, as adapter_config.json says, not {given}"
+            )
         return configured
 
     def _orders(self, modules: tuple[LoraModule, ...]) -> list[bool | None]:

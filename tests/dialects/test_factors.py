@@ -168,7 +168,7 @@ def test_uniform_takes_the_users_rank_and_alpha():
     with pytest.raises(MappingError, match="zero or infinity") as caught:
         factors.uniform([modules[0], replace(modules[1], scaling=Scaling(0.0, 3))])
     assert caught.value.where == ("m1",)
-    with pytest.raises(MappingError, match="would erase"):
+    with pytest.raises(MappingError, match="cannot share"):
         factors.uniform(modules, alpha=0)
 
 

@@ -249,7 +249,7 @@ def test_config_without_alpha_is_completed_by_a_fact_not_by_a_default() -> None:
 def test_the_config_overrules_facts_and_says_so() -> None:
     adapter = parse(tensors(), CONFIG, Fact("*", "alpha", 16), Fact("*", "rank", 8))
     assert {(m.scaling.alpha, m.scaling.rank) for m in adapter.modules} == {(8, 4)}
-    assert adapter.warnings == ("alpha=16 does not apply: adapter_config.json says 8",)
+    assert adapter.warnings == ("the source has alpha 8, as adapter_config.json says, not 16",)
     assert parse(tensors(), CONFIG, Fact("*", "alpha", 8)).warnings == ()
 
 

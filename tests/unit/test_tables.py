@@ -223,7 +223,7 @@ def test_own_tables_stand_beside_the_shipped_ones(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(GOOD.replace('family = "toy"', 'family = "gpt2"'))
     with pytest.raises(InputError, match="two tables claim the family 'gpt2'"):
         tables.load_tables(tmp_path)
-    with pytest.raises(InputError, match="is not a folder"):
+    with pytest.raises(InputError, match="not a directory"):
         tables.load_tables(tmp_path / "none")
 
 
