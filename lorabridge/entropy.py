@@ -2,8 +2,8 @@
 
 Source: Duda 2013 (asymmetric numeral systems, arXiv 1311.2540); interleaving after Giesen 2014 (arXiv 1402.3392).
 States are 32 bits wide and renormalized by 16-bit words; frequencies have 12 bits, one table per context. Values below
-16 are symbols of their own; a larger one is a symbol for its length and its two bits after the leading one, and raw bits.
-The contexts are known to both sides and are not stored.
+16 are symbols of their own; a larger one is a symbol for its length and the two bits after the leading one, and raw
+bits. The contexts are known to both sides and are not stored.
 """
 
 from __future__ import annotations
