@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -283,26 +286,34 @@ def test_the_first_error_stops_the_run_and_nothing_is_published(tmp_path, worker
     assert os.listdir(tmp_path) == ["in"]
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_an_interrupt_stops_the_workers_and_clears_the_staging_area(tmp_path, workers):
-    source = RawSource(tmp_path / "in", {f"t{i}": np.ones((8, 9), np.uint32) for i in range(500)}, copyable=False)
+def interrupted(folder: Path, workers: int) -> None:
+    """Run a plan whose source sends a real interrupt after twenty reads; called in a process of its own."""
+    source = RawSource(folder / "in", {f"t{i}": np.ones((8, 9), np.uint32) for i in range(500)}, copyable=False)
     plan = build(source.specs, [(n, axes.transpose(axes.read(s))) for n, s in source.specs.items()])
     main = threading.main_thread().ident
     read = source.read
 
     def slow(name, rows=None):
         if len(source.calls) == 20:
-            import signal
-
             signal.pthread_kill(main, signal.SIGINT)
         time.sleep(0.002)
         return read(name, rows)
 
     source.read = slow
     with pytest.raises(KeyboardInterrupt):
-        run(source, plan, tmp_path / "out", workers=workers)
+        run(source, plan, folder / "out", workers=workers)
     assert len(source.calls) < 200
-    assert os.listdir(tmp_path) == ["in"]
+    assert os.listdir(folder) == ["in"]
+    print("interrupted")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_interrupt_stops_the_workers_and_clears_the_staging_area(tmp_path, workers):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import pathlib, test_execute as t; "
+    code += "t.interrupted(pathlib.Path(sys.argv[2]), int(sys.argv[3]))"
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path), str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 @pytest.mark.parametrize("damage", ["touch", "grow", "replace", "remove"])
