@@ -74,7 +74,7 @@ def entropy_bits(values: npt.NDArray[np.generic]) -> float:
 
 def _lanes(count: int) -> int:
     """Return how many states run side by side: enough for numpy, and few since each costs 32 bits at the end."""
-    return max(1, math.isqrt(count) // 4)
+    return max(1, math.isqrt(count) // 2)
 
 
 def _lengths(values: Values) -> _Table:

@@ -35,7 +35,7 @@ from .residue import Delta, Extract, extract, pack, pieces, restore
 
 MAGIC = b"lorabridge undo\n"
 SCHEMA = "lorabridge/undo/1"
-BLOCK = 1 << 20
+BLOCK = 1 << 21
 """Elements of a block, except where one row is longer."""
 MAX_HEADER = 256 << 20
 _LENGTH = struct.Struct("<Q")
