@@ -53,12 +53,14 @@ class _Part:
 class Delta:
     """``scaling * sum(b @ a)`` of a shape, made ready: any rows of it can be computed, from any thread.
 
-    Made by :func:`prepare`. ``shape``: of the result, after the transposition if there is one.
+    Made by :func:`prepare`. ``shape``: of the result, after the transposition if there is one. ``dense``: no row and no
+    column is zero by construction.
     """
 
     shape: tuple[int, int]
     parts: tuple[_Part, ...]
     scaling: float
+    dense: bool
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +93,17 @@ class Delta:
             np.multiply(out, self.scaling, out=out)
         return out
 
+    def columns(self, start: int, stop: int) -> Matrix:
+        """Return columns [start, stop) of all rows: the same bits as :meth:`rows` gives for them."""
+        narrow = [
+            _Part(
+                part.left, part.right[:, max(start - low, 0) : stop - low], part.rows, (max(start, low) - start, high)
+            )
+            for part in self.parts
+            if (low := part.columns[0]) < stop and (high := min(stop, part.columns[1]) - start) > 0
+        ]
+        return Delta((self.shape[0], stop - start), tuple(narrow), self.scaling, False).rows(0, self.shape[0])
+
 
 def prepare(
     terms: Sequence[Factors], height: int, scaling: float = 1.0, *, exact: bool = False, transposed: bool = False
@@ -120,7 +133,17 @@ def prepare(
             _Part(np.ascontiguousarray(p.right.T), np.ascontiguousarray(p.left.T), p.columns, p.rows) for p in parts
         ]
     shape = (columns, height) if transposed else (height, columns)
-    return Delta(shape, tuple(parts), scaling / folded)
+    dense = bool(parts) and scaling != 0.0 and _dense(parts, shape)
+    return Delta(shape, tuple(parts), scaling / folded, dense)
+
+
+def _dense(parts: Sequence[_Part], shape: tuple[int, int]) -> bool:
+    rows = np.zeros(shape[0], bool)
+    columns = np.zeros(shape[1], bool)
+    for part in parts:
+        rows[slice(*part.rows)] |= (part.left != 0.0).any(axis=1)
+        columns[slice(*part.columns)] |= (part.right != 0.0).any(axis=0)
+    return bool(rows.all() and columns.all())
 
 
 def product(b: Matrix, a: Matrix, *, exact: bool = False) -> Matrix:

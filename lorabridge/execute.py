@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from .axes import Kernel, Read, computes
+from .axes import Kernel, computes
 from .errors import InputError
 from .plan import Plan
-from .tasks import Piece, Task, cut, ordered, refuse_packed, rows
+from .tasks import Piece, Task, alone, cut, ordered, refuse_packed, rows
 from .tensors import Extent, Sink, Source
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ CHUNK = 64 << 20
 """Most bytes of one copy, so that progress moves and an interrupt is heard."""
 READ = 8 << 20
 """Bytes per read where copied bytes are hashed on their way."""
+ROWS = "\0rows"
+"""What the rows of a source tensor are called that are read apart from the rest."""
 _INTERVAL = 0.05
 
 Kernels = Callable[[str], Mapping[str, Kernel]]
@@ -201,7 +203,7 @@ class _Work:
         def fetch(name: str) -> Bits:
             bits = cache.pop(name) if name in cache else self.source.read(name)
             uses[name] -= 1
-            if uses[name]:
+            if uses[name] > 0:
                 cache[name] = bits
             return bits
 
@@ -229,13 +231,16 @@ class _Work:
         from .blocks import blocks
 
         expr, offset = piece.expr, piece.offset
-        alone = rows(expr)
-        if alone is not None:
-            name, start, stop = alone
-            bits = self.source.read(name, (start, stop))
-            expr, fetch = Read(name, expr.dtype, expr.shape), lambda _: bits
+        apart = rows(expr)
+        get = fetch
+        if apart is not None:
+            expr = alone(expr, ROWS)
+
+            def get(name: str) -> Bits:
+                return self.source.read(apart[0], apart[1:]) if name == ROWS else fetch(name)
+
         kernels = self.kernels(piece.output) if computes(expr) else {}
-        for block in blocks(expr, fetch, kernels):
+        for block in blocks(expr, get, kernels):
             self._write(piece.output, offset, block, copied=False)
             offset += block.nbytes
 

@@ -10,17 +10,22 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from .axes import Compute, Expr, Join, Read, Reshape, Slice, byte_ranges, children
+from . import recipe
+from .axes import Compute, Expr, Join, Read, Reshape, Slice, byte_ranges, children, reshape
 from .errors import InputError, MappingError
 from .plan import Plan
 from .tensors import Extent, TensorSpec
+
+MERGED = 4 << 20
+"""Most bytes of a merged weight that one task makes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A part of one output, ``nbytes`` long from ``offset`` in its buffer: file ranges or an expression.
 
-    ``needs``: the source tensors that must be whole in memory, as often as the expression asks for them.
+    ``needs``: the source tensors that must be whole in memory, as often as the expression asks for them. The factors
+    of a merged weight are not among them: they are small, and read again for every block.
     """
 
     output: str
@@ -98,12 +103,26 @@ def _split(
             yield from _split(name, offset, part, sources, extents)
             offset += _nbytes(part)
         return
+    if isinstance(expr, Slice) and expr.axis == 0:
+        expr = recipe.rows_of(expr.x, expr.start, expr.stop) or expr
+    if isinstance(expr, Compute) and recipe.is_merge(expr):
+        yield from _merged(name, offset, expr, sources)
+        return
     ranges = byte_ranges(expr) or []
     copied: tuple[Extent, ...] = ()
     if all(extents[source] for source, _, _ in ranges):
         copied = _clip(ranges, sources, extents)
     needs = () if copied or rows(expr) else tuple(_leaves(expr))
     yield Piece(name, offset, _nbytes(expr), expr, copied, needs)
+
+
+def _merged(name: str, offset: int, expr: Compute, sources: Mapping[str, TensorSpec]) -> Iterator[Piece]:
+    """Cut a merged weight into blocks of rows, larger ones where the factors that each block reads are large."""
+    factors = sum(sources[source].nbytes for arg in expr.args[1:] for source in _leaves(arg))
+    for part in recipe.parts_of(expr, max(MERGED, 2 * factors)):
+        needs = () if recipe.rows_read(part.args[0]) else tuple(_leaves(part.args[0]))
+        yield Piece(name, offset, _nbytes(part), part, (), needs)
+        offset += _nbytes(part)
 
 
 def _clip(
@@ -131,10 +150,21 @@ def _clip(
 
 
 def rows(expr: Expr) -> tuple[str, int, int] | None:
-    """Return (source, start, stop) where an expression is rows of a source tensor, which can be read alone."""
-    if isinstance(expr, Slice) and expr.axis == 0 and isinstance(expr.x, Read):
-        return expr.x.name, expr.start, expr.stop
-    return None
+    """Return (source, start, stop) where all that an expression needs whole is rows of one source tensor."""
+    if recipe.is_merge(expr):
+        return recipe.rows_read(children(expr)[0])
+    return recipe.rows_read(expr) if isinstance(expr, Slice) else None
+
+
+def alone(expr: Expr, stand_in: str) -> Expr:
+    """Replace the rows that :func:`rows` names by a source tensor ``stand_in``, which holds just them."""
+    if isinstance(expr, Compute):
+        weight = expr.args[0]
+        held = Read(stand_in, weight.dtype, weight.x.shape if isinstance(weight, Reshape) else weight.shape)
+        return Compute(
+            expr.kernel, (reshape(held, weight.shape), *expr.args[1:]), expr.params, "", expr.dtype, expr.shape
+        )
+    return Read(stand_in, expr.dtype, expr.shape)
 
 
 def _leaves(expr: Expr) -> Iterator[str]:
@@ -153,8 +183,8 @@ def _made(expr: Expr, top: bool = True) -> int:
 
 def _held(pieces: Sequence[Piece], sources: Mapping[str, TensorSpec]) -> int:
     tensors = sum(sources[name].nbytes for name in {name for piece in pieces for name in piece.needs})
-    alone = max((piece.nbytes for piece in pieces if not piece.extents and rows(piece.expr)), default=0)
-    return tensors + alone + max((_made(piece.expr) for piece in pieces if not piece.extents), default=0)
+    own = max((piece.nbytes for piece in pieces if not piece.extents and rows(piece.expr)), default=0)
+    return tensors + own + max((_made(piece.expr) for piece in pieces if not piece.extents), default=0)
 
 
 def ordered(tasks: list[Task], workers: int) -> list[Task]:
