@@ -27,7 +27,7 @@ from .verify_architecture import batches
 from .verify_case import Case, Progress
 from .verify_inputs import Opened, VerifyOptions, numbers_of
 from .verify_report import Check, DepthResult, ModuleRow
-from .verify_setup import Half, Setup, is_peft, prepare, refusal
+from .verify_setup import Half, Setup, is_peft, one_line, prepare, refusal
 from .verify_tensors import meter
 from .verify_torch import Array, Batch, Outputs, TorchNetwork
 
@@ -48,7 +48,8 @@ def verify_model(case: Case, options: VerifyOptions, progress: Progress | None =
 
     torch's side is transformers, loading its own files, with peft for a peft adapter. MindSpore's side is the
     reference network of :mod:`lorabridge.layers.models` with the parameters under the names that the checkpoint has.
-    ``options.seed`` chooses the tokens. Raises MappingError and InputError where a side cannot be set up.
+    ``options.seed`` chooses the tokens. Refused where a network does not follow its config, or where files and config
+    do not belong together; InputError where transformers cannot read them.
     """
     started = time.perf_counter()
     setup = prepare(case)
@@ -56,9 +57,12 @@ def verify_model(case: Case, options: VerifyOptions, progress: Progress | None =
     step = meter("model", PASSES * weight, progress)
     given = batches(setup.config, options.seed)
     with frameworks.exact_arithmetic("torch", "mindspore"):
-        network = _torch_base(setup)
-        step(weight)
-        loaded, checks = _mindspore(setup, network)
+        try:
+            network = _torch_base(setup)
+            step(weight)
+            loaded, checks = _mindspore(setup, network)
+        except (MappingError, UsageError) as error:
+            return DepthResult("model", "refused", one_line(error))
         step(weight)
         runs, bare, said = _torch_runs(setup, network, given)
         step(2 * weight)

@@ -42,9 +42,14 @@ def refusal(case: Case) -> str:
     try:
         setup = prepare(case)
     except LorabridgeError as error:
-        return " ".join([error.problem, *(f"({place})" for place in error.where[:3])])
+        return one_line(error)
     needed = [*NEEDS, *(["peft"] if is_peft(setup.torch) else [])]
     return frameworks.refusal(*needed)
+
+
+def one_line(error: LorabridgeError) -> str:
+    """Spell an error as the reason of a refusal: its problem and its first places."""
+    return f"{error.problem} ({'; '.join(error.where[:3])})" if error.where else error.problem
 
 
 def prepare(case: Case) -> Setup:

@@ -48,7 +48,7 @@ class Module(Protocol):
     def get_submodule(self, path: str) -> Module: ...  # noqa: D102
     def register_forward_hook(self, hook: Hook) -> Handle: ...  # noqa: D102
     def double(self) -> Module: ...  # noqa: D102
-    def __call__(self, ids: Tensor, **beside: Tensor) -> Mapping[str, Tensor]: ...
+    def __call__(self, ids: Tensor, **beside: Tensor) -> Mapping[str, Tensor]: ...  # noqa: D102
     def __len__(self) -> int: ...
 
 
