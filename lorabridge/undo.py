@@ -24,7 +24,7 @@ from typing import IO, Literal, cast
 
 import numpy as np
 
-from . import __version__
+from . import __version__, tasks
 from .dtypes import BY_NAME, DType
 from .entropy import MalformedError
 from .errors import DifferentError, InputError, OutputError
@@ -35,8 +35,8 @@ from .residue import Delta, Extract, extract, pack, pieces, restore
 
 MAGIC = b"lorabridge undo\n"
 SCHEMA = "lorabridge/undo/1"
-BLOCK = 1 << 21
-"""Elements of a block, except where one row is longer."""
+BLOCK = tasks.MERGED
+"""Bytes of a block, except where one row is longer: what one task of a merge makes."""
 MAX_HEADER = 256 << 20
 _LENGTH = struct.Struct("<Q")
 _DIGEST = hashlib.sha256().digest_size
@@ -48,7 +48,10 @@ Json = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One tensor of an undo file; ``sizes``: bytes of its blocks; ``base`` and ``merged``: digests in hexadecimal."""
+    """One tensor of an undo file; ``sizes``: bytes of its blocks.
+
+    ``base``, ``merged``: its digests in hexadecimal; ``delta``: that of what was added, as the merge identifies it.
+    """
 
     name: str
     dtype: DType
@@ -58,6 +61,7 @@ class Kept:
     sizes: tuple[int, ...]
     base: str
     merged: str
+    delta: str
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -75,9 +79,9 @@ def matrix(shape: Sequence[int]) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
-def block_rows(shape: Sequence[int]) -> int:
+def block_rows(shape: Sequence[int], dtype: DType) -> int:
     """Return how many rows a block has."""
-    return max(1, BLOCK // max(1, matrix(shape)[1]))
+    return max(1, BLOCK // max(1, matrix(shape)[1] * dtype.itemsize))
 
 
 @dataclass
@@ -107,6 +111,8 @@ class _Taken:
     dtype: DType
     shape: tuple[int, ...]
     mode: Mode
+    delta: str
+    step: int
     open: dict[int, _Block] = field(default_factory=dict)
     done: dict[int, tuple[int, int, bytes, bytes]] = field(default_factory=dict)
 
@@ -130,33 +136,32 @@ class Recorder:
         """Give the temporary file back."""
         self._spool.close()
 
-    def take(
-        self, name: str, dtype: DType, shape: tuple[int, ...], start: int, base: Bits, merged: Bits,
-        delta: Numbers | None,
-    ) -> None:  # fmt: skip
+    def expect(self, name: str, dtype: DType, shape: tuple[int, ...], mode: Mode, *, delta: str = "") -> None:
+        """Announce a tensor whose rows will all be noted; ``delta``: identifies what is added."""
+        with self._lock:
+            self._tensors[name] = _Taken(dtype, shape, mode, delta, block_rows(shape, dtype))
+
+    def take(self, name: str, start: int, base: Bits, merged: Bits, delta: Numbers | None) -> None:
         """Note rows from ``start`` on: bits before and after, ``[rows, columns]``; ``delta``: what was added, or None.
 
-        ``shape``: of the whole tensor. Together the calls of a name cover each row once.
+        Together the calls of a name cover each row once.
         """
-        step, rows = block_rows(shape), len(base)
-        mode: Mode = "near" if delta is None else "delta"
-        with self._lock:
-            kept = self._tensors.setdefault(name, _Taken(dtype, shape, mode))
-        for number in range(start // step, -(-(start + rows) // step)):
-            low, high = max(start, number * step), min(start + rows, (number + 1) * step)
-            for first, last in pieces((high - low, matrix(shape)[1])):
+        kept, rows = self._tensors[name], len(base)
+        for number in range(start // kept.step, -(-(start + rows) // kept.step)):
+            low, high = max(start, number * kept.step), min(start + rows, (number + 1) * kept.step)
+            for first, last in pieces((high - low, base.shape[1])):
                 part = slice(low + first - start, low + last - start)
                 self._take(kept, number, low + first, base[part], merged[part], None if delta is None else delta[part])
 
     def _take(
         self, kept: _Taken, number: int, start: int, base: Bits, merged: Bits, delta: Numbers | None
     ) -> None:  # fmt: skip
-        step = block_rows(kept.shape)
-        found = extract(base, merged, delta, kept.dtype)
+        found = extract(base, merged, delta if kept.mode == "delta" else None, kept.dtype)
         given = base.tobytes(), merged.tobytes()
         with self._lock:
             if number not in kept.open:
-                kept.open[number] = _Block(min((number + 1) * step, matrix(kept.shape)[0]), number * step)
+                stop = min((number + 1) * kept.step, matrix(kept.shape)[0])
+                kept.open[number] = _Block(stop, number * kept.step)
             block = kept.open[number]
             if not block.add(start, start + len(base), found, *given):
                 return
@@ -170,25 +175,23 @@ class Recorder:
             kept.done[number] = (self._end, len(data), base, merged)
             self._end += len(data)
 
-    def keep(self, name: str, dtype: DType, shape: tuple[int, ...], start: int, base: Bits) -> None:
-        """Note rows of a tensor that the merged file does not have in this type and shape: raw, a whole block each."""
-        with self._lock:
-            kept = self._tensors.setdefault(name, _Taken(dtype, shape, "raw"))
-        raw = base.tobytes()
-        self._keep(kept, start // block_rows(shape), zlib.compress(raw, 6), hashlib.sha256(raw).digest(), b"")
+    def keep(self, name: str, start: int, base: Bits) -> None:
+        """Note rows of a "raw" tensor, which the merged file does not have in this type and shape: a whole block."""
+        kept, raw = self._tensors[name], base.tobytes()
+        self._keep(kept, start // kept.step, zlib.compress(raw, 6), hashlib.sha256(raw).digest(), b"")
 
     def write(self, facts: Json, *, overwrite: bool) -> int:
         """Write and publish the file; return its bytes. ``facts``: what identifies the merge, as JSON."""
         tensors, order = [], []
         for name, kept in sorted(self._tensors.items()):
             blocks = [kept.done[number] for number in sorted(kept.done)]
-            rows, step = matrix(kept.shape)[0], block_rows(kept.shape)
-            if kept.open or len(blocks) != -(-rows // step):
+            if kept.open or len(blocks) != -(-matrix(kept.shape)[0] // kept.step):
                 raise ValueError(f"rows of {name} were not noted")
             entry = Kept(
-                name, kept.dtype, kept.shape, kept.mode, step, tuple(size for _, size, _, _ in blocks),
+                name, kept.dtype, kept.shape, kept.mode, kept.step, tuple(size for _, size, _, _ in blocks),
                 _joined(base for _, _, base, _ in blocks),
                 "" if kept.mode == "raw" else _joined(merged for _, _, _, merged in blocks),
+                kept.delta,
             )  # fmt: skip
             tensors.append(_entry(entry))
             order += [(at, size) for at, size, _, _ in blocks]
@@ -223,6 +226,7 @@ def _entry(kept: Kept) -> dict[str, object]:
     return {
         "name": kept.name, "dtype": kept.dtype.name, "shape": list(kept.shape), "mode": kept.mode, "rows": kept.rows,
         "sizes": list(kept.sizes), "base": kept.base, "merged": kept.merged,
+        "delta": kept.delta,
     }  # fmt: skip
 
 
@@ -322,9 +326,9 @@ def _kept(entry: Mapping[str, object]) -> Kept:
         raise ValueError(f"unknown mode {mode!r}")
     kept = Kept(
         str(entry["name"]), BY_NAME[str(entry["dtype"])], tuple(shape), mode, cast(int, rows), tuple(sizes),
-        str(entry["base"]), str(entry["merged"]),
+        str(entry["base"]), str(entry["merged"]), str(entry["delta"]),
     )  # fmt: skip
-    if kept.rows != block_rows(kept.shape) or len(sizes) != -(-kept.matrix[0] // kept.rows):
+    if kept.rows != block_rows(kept.shape, kept.dtype) or len(sizes) != -(-kept.matrix[0] // kept.rows):
         raise ValueError(f"{kept.name} has another number of blocks than rows")
     return kept
 

@@ -156,7 +156,7 @@ def test_other_merged_bits_are_noticed_or_give_other_bits() -> None:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut tensors into blocks of 26 rows."""
-    monkeypatch.setattr(undo_module, "BLOCK", 26 * 900)
+    monkeypatch.setattr(undo_module, "BLOCK", 26 * 900 * 2)
 
 
 def recorded(path: Path, order: str = "forward") -> tuple[np.ndarray, np.ndarray, deltas.Delta]:
@@ -166,15 +166,19 @@ def recorded(path: Path, order: str = "forward") -> tuple[np.ndarray, np.ndarray
     added = delta.rows(0, 70)
     merged = merged_bits(base, added, dtype)
     recorder = Recorder(path)
+    recorder.expect("w", dtype, base.shape, "delta", delta="d1")
+    recorder.expect("head", dtype, (70, 30, 30), "near")
+    recorder.expect("other", dtype, base.shape, "raw")
     starts = list(range(0, 70, 11))
     if order == "backward":
         starts.reverse()
     for start in starts:
         rows = slice(start, start + 11)
-        recorder.take("w", dtype, base.shape, start, base[rows], merged[rows], added[rows])
-    recorder.take("head", dtype, (70, 900), 0, base, merged, None)
-    for start in range(0, 70, block_rows(base.shape)):
-        recorder.keep("other", dtype, base.shape, start, base[start : start + block_rows(base.shape)])
+        recorder.take("w", start, base[rows], merged[rows], added[rows])
+    recorder.take("head", 0, base, merged, None)
+    step = block_rows(base.shape, dtype)
+    for start in range(0, 70, step):
+        recorder.keep("other", start, base[start : start + step])
     recorder.write({"adapter": "x"}, overwrite=True)
     recorder.close()
     return base, merged, delta
@@ -185,6 +189,7 @@ def test_a_file_gives_every_tensor_back_and_checks_it(tmp_path: Path) -> None:
     base, merged, delta = recorded(tmp_path / "u")
     undo = UndoFile(tmp_path / "u")
     assert undo.facts["adapter"] == "x"
+    assert undo.tensors["w"].delta == "d1"
     assert {name: len(kept.sizes) for name, kept in undo.tensors.items()} == {"w": 3, "head": 3, "other": 3}
     for name, kept in undo.tensors.items():
         seen = Checksum()
@@ -220,7 +225,8 @@ def test_digests_tell_a_changed_base_from_a_changed_merged_tensor(tmp_path: Path
 def test_rows_that_were_not_noted_are_a_defect(tmp_path: Path) -> None:
     base, _ = usual(8, 8, TYPES[0])
     recorder = Recorder(tmp_path / "u")
-    recorder.take("w", TYPES[0], (9, 8), 0, base, base, None)
+    recorder.expect("w", TYPES[0], (9, 8), "near")
+    recorder.take("w", 0, base, base, None)
     with pytest.raises(ValueError, match="rows of w"):
         recorder.write({}, overwrite=False)
     recorder.close()
@@ -242,7 +248,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     base, delta = usual(40, 64, TYPES[0])
     recorder = Recorder(path)
     added = delta.rows(0, 40)
-    recorder.take("w", TYPES[0], base.shape, 0, base, merged_bits(base, added, TYPES[0]), added)
+    recorder.expect("w", TYPES[0], base.shape, "delta", delta="d")
+    recorder.take("w", 0, base, merged_bits(base, added, TYPES[0]), added)
     recorder.write({}, overwrite=False)
     recorder.close()
     return path.read_bytes()
