@@ -8,6 +8,11 @@ SHOWN = 10
 """How many of the collected places a message lists before it counts the rest."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Spell a number with its noun: ``1 tensor``, ``2 tensors``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class LorabridgeError(Exception):
     """State what is wrong, where it is and what to do about it.
 

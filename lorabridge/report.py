@@ -11,11 +11,14 @@ from dataclasses import fields, is_dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from .errors import counted
+
 if TYPE_CHECKING:
     from .errors import LorabridgeError
 
 # Cc: control; Cf: bidi marks, zero-width, tags; Cs: lone surrogates; Co, Cn: unassigned; Zl, Zp: line separators.
 _UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+count = counted
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -47,11 +50,6 @@ def size(nbytes: int) -> str:
     if unit == 0:
         return f"{nbytes} byte{'' if nbytes == 1 else 's'}"
     return f"{value:.3g} {_UNITS[unit]}"
-
-
-def count(number: int, noun: str) -> str:
-    """Spell a number with its noun: ``1 tensor``, ``2 tensors``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def number(value: float | None) -> str:

@@ -49,7 +49,8 @@ def open_input(path: Path, *, config: Path | None = None) -> Input:
     """Open a file or a directory; headers, configs and the manifest only.
 
     ``config`` names an adapter_config.json or a model's config.json, told apart by their fields, and outranks what is
-    found. Without it configs come from the manifest of a lone file, else from the directory or from beside the file.
+    found. Without it they come from the directory or from beside the file, else from the manifest; a lone
+    file's manifest outranks what merely lies beside it.
     Raises InputError for anything malformed, with the file.
     """
     path = Path(path)
@@ -59,11 +60,15 @@ def open_input(path: Path, *, config: Path | None = None) -> Input:
     try:
         found, stated = manifest.find(path, source.metadata)
         folder = path if path.is_dir() else path.parent
-        if found is not None and found.describes(source.specs) and not path.is_dir():
-            adapter_config, config_from, model_config = found.target.config, "the manifest", found.model_config
-        else:
+        kept = found if found is not None and found.describes(source.specs) else None
+        adapter_config, config_from, model_config = None, "", None
+        if kept is None or path.is_dir():
             adapter_config, config_from = _beside(folder / ADAPTER_CONFIG)
             model_config, _ = _beside(folder / MODEL_CONFIG)
+        if kept is not None and adapter_config is None:
+            adapter_config, config_from = kept.target.config, "the manifest"
+        if kept is not None and model_config is None:
+            model_config = kept.model_config
         if config is not None:
             given = read_json(config)
             if "peft_type" in given:
@@ -147,16 +152,21 @@ def plan_output(target: Path | str, *, framework: Framework, adapter: bool) -> O
     text = str(target)
     if "\0" in text:
         raise UsageError("a path cannot hold a zero byte", where=repr(text), hint="choose another name")
-    if path.is_dir() or text.endswith("/") or not path.suffix:
+    if _is_directory(target):
         stem = ADAPTER_STEM if adapter else "model"
         suffix, format_name = (".safetensors", "safetensors") if framework == "torch" else (".ckpt", "mindspore")
         return Output(path, True, stem + suffix, format_name)
     return Output(path, False, path.name, formats.format_for(path))
 
 
-def framework_of(target: Path) -> Framework | None:
-    """Return the framework that a target's suffix decides; None where both use the container."""
-    if not Path(target).suffix or Path(target).is_dir():
+def _is_directory(target: Path | str) -> bool:
+    path = Path(target)
+    return path.is_dir() or str(target).endswith("/") or not path.suffix
+
+
+def framework_of(target: Path | str) -> Framework | None:
+    """Return the framework that a target's suffix decides; None for a directory and where both use the container."""
+    if _is_directory(target):
         return None
     name = formats.format_for(Path(target))
     known: dict[str, Framework] = {"torch": "torch", "mindspore": "mindspore"}

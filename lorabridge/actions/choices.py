@@ -83,7 +83,7 @@ def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
     own = kept is not None or "lora_alpha" in (given.adapter_config or {})
     chosen = tuple(f for f in options.facts.entries if own or f.field not in ("alpha", "rank"))
     origin = source_dialect(given, kept, facts, options.source_dialect)
-    goal = _target_dialect(origin, kept, Path(target), options)
+    goal = _target_dialect(origin, kept, target, options)
     family = options.family or (kept.options.get("family") if kept and origin.framework != goal.framework else None)
     output = plan_output(target, framework=goal.framework, adapter=goal.name not in ("hf", "ms"))
     if options.max_shard_size is not None and not output.directory:
@@ -122,7 +122,7 @@ def source_dialect(given: Input, kept: Manifest | None, facts: Facts, chosen: st
 
 
 def _target_dialect(
-    origin: Dialect, kept: Manifest | None, target: Path, options: ConvertOptions
+    origin: Dialect, kept: Manifest | None, target: Path | str, options: ConvertOptions
 ) -> Dialect:  # fmt: skip
     if options.target_dialect:
         goal = dialect_named(options.target_dialect)

@@ -57,7 +57,7 @@ def adapter_target(
     The suffix decides the framework where it names one; ``default`` is the dialect where it fits. UsageError where the
     dialect and the suffix contradict each other, OutputError where the target lies on or inside an input.
     """
-    decided = framework_of(Path(target))
+    decided = framework_of(target)
     goal = dialect_named(chosen) if chosen else default
     if not chosen and decided not in (None, goal.framework):
         goal = dialect_named("loralib-ms" if decided == "mindspore" else "peft")

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ..axes import Expr
-from ..errors import MappingError
+from ..errors import MappingError, counted
 from . import factors
 from .adapter import Adapter, Content, Facts, LoraModule, Written
 from .pairs import MERGE, Names, Problems, Reader, extras, group, in_mindspore, merged_state
@@ -60,7 +60,7 @@ def bare_names(content: Content) -> str | None:
     if "lora_E" in last:  # AdaLoRA, whose A and B are bare too
         return None
     found = [name for name in content.specs if name.rpartition(".")[2] in ("lora_A", "in_proj_lora_A")]
-    return f"{len(found)} bare parameters such as {found[0]}" if found else None
+    return f"{counted(len(found), 'bare parameter')} such as {found[0]}" if found else None
 
 
 def parse_bare(content: Content, names: Names) -> Adapter:

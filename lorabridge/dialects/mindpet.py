@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ..axes import Expr
+from ..errors import counted
 from . import factors
 from .adapter import Adapter, Content, Fact, Facts, LoraModule, Written
 from .loralib import parse_bare
@@ -34,7 +35,7 @@ class Mindpet:
     def detect(self, content: Content) -> str | None:
         """Claim files with MindPet's (or tk's) LoRA names."""
         found = [name for name in content.specs if name.rpartition(".")[2] in ROLES]
-        return f"{len(found)} parameters such as {found[0]}" if found else None
+        return f"{counted(len(found), 'parameter')} such as {found[0]}" if found else None
 
     def parse(self, content: Content) -> Adapter:
         """Read every LoRADense; a MappingError names mixed spellings and MindPet's other algorithms."""

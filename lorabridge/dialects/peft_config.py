@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..errors import MappingError
+from ..errors import MappingError, counted
 from .adapter import Json, Value
 from .peft_patterns import KeyTable, pattern_matches
 
@@ -119,7 +119,7 @@ def read_settings(config: Json | None, where: str) -> Settings:
     )
     if issues:
         raise MappingError(
-            f"adapter_config.json has {len(issues)} fields of a wrong type",
+            f"adapter_config.json has {counted(len(issues), 'field')} of a wrong type",
             where=[where, *issues],
             hint="correct the fields; peft 0.21.2 documents their types in LoraConfig",
         )
@@ -228,13 +228,13 @@ def _check_fields(config: Json, where: str) -> None:
             where=[where, *refused],
             hint="merge the adapter in peft with merge_and_unload",
         )
-    unknown = [f"{name} = {str(value)[:60]!r}" for name, value in config.items() if name not in KNOWN and value]
+    unknown = [f"{name} = {repr(value)[:60]}" for name, value in config.items() if name not in KNOWN and value]
     init = config.get("init_lora_weights")
     if isinstance(init, str) and not init.lower().startswith((*CHANGES_BASE, *HARMLESS_INITS)):
         unknown.append(f"init_lora_weights = {init[:60]!r}")
     if unknown:
         raise MappingError(
-            f"adapter_config.json sets {len(unknown)} fields that lorabridge does not know",
+            f"adapter_config.json sets {counted(len(unknown), 'field')} that lorabridge does not know",
             where=[where, *unknown],
             hint="update lorabridge, or remove a field if the adapter means the same without it",
         )

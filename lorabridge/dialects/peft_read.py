@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ..axes import read
-from ..errors import MappingError
+from ..errors import MappingError, counted
 from ..tensors import TensorSpec
 from .adapter import Content, Extra, ExtraKind, LoraModule, ModuleKind, Scaling, Term, Value
 from .peft_config import Settings
@@ -262,13 +262,13 @@ class Reader:
             )
         if self.issues:
             raise MappingError(
-                f"the adapter does not fit together in {len(self.issues)} places",
+                f"the adapter does not fit together in {counted(len(self.issues), 'place')}",
                 where=[self.content.path, *self.issues] if self.content.path else self.issues,
                 hint="check that adapter_config.json belongs to these tensors and that the file is complete",
             )
         if self.without_alpha:
             raise MappingError(
-                f"alpha is not known for {len(self.without_alpha)} modules",
+                f"alpha is not known for {counted(len(self.without_alpha), 'module')}",
                 where=self.without_alpha,
                 hint="pass --alpha, or give the adapter_config.json with --config",
             )

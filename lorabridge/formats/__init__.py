@@ -57,7 +57,11 @@ def format_for(path: Path) -> str:
         if suffix in suffixes:
             return name
     known = ", ".join(suffix for _, suffixes in FORMATS.values() for suffix in suffixes)
-    raise UsageError("the target's suffix names no container", where=shown(str(path)), hint=f"end it in one of {known}")
+    raise UsageError(
+        "the target's suffix names no container",
+        where=shown(str(path)),
+        hint=f"end it in one of {known}, or in a slash for a directory",
+    )
 
 
 def open_source(path: Path) -> Source:
