@@ -121,12 +121,14 @@ def _along(case: Merged, values: Numbers, span: slice) -> Numbers:
 class Sums:
     """What is added up over the blocks of one weight.
 
-    ``inexact``: elements that are not the exact sum rounded once; ``broken``: NaN or infinite where none belongs.
+    ``inexact``: elements that are not the exact sum rounded once; ``beyond``: elements outside their bounds;
+    ``broken``: NaN or infinite where none belongs.
     """
 
     dtype: DType
     elements: int = 0
     inexact: int = 0
+    beyond: int = 0
     broken: int = 0
     max_abs: float = 0.0
     max_rel: float = 0.0
@@ -150,6 +152,7 @@ class Sums:
             error = np.where(finite, np.abs(merged - expected.value), 0.0)
         self.inexact += int((~_correct(merged, expected, self.dtype)).sum())
         ratio = error / expected.bound
+        self.beyond += int((ratio > 1).sum())
         worst = int(np.argmax(ratio))
         if ratio.flat[worst] > self.ratio:
             self.ratio, self.bound = float(ratio.flat[worst]), float(expected.bound.flat[worst])
@@ -183,6 +186,8 @@ class Sums:
             return f"{self.broken} NaN or infinite values"
         if not self.delta:
             return "not the base's weight, though the delta is zero"
+        if self.beyond <= max(1, self.elements // 100):
+            return f"{self.beyond} of {self.elements} elements are wrong"
         factor = self.both / self.delta
         rest = math.sqrt(max(self.change - factor * self.both, 0.0))
         if rest > 4 * math.sqrt(self.allowed):
@@ -194,8 +199,6 @@ class Sums:
             return "the delta was not added: this is the base's weight"
         if abs(factor + 1) <= blur:
             return "the delta was subtracted"
-        if abs(factor - 1) <= blur:
-            return "single elements are wrong"
         return f"as if the scaling were {factor * scaling:.6g} instead of {scaling:.6g}"
 
 

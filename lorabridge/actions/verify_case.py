@@ -76,7 +76,7 @@ def decide(source: Opened, target: Opened, base: Opened | None, options: VerifyO
             raise UsageError("--base is an adapter", where=str(base.given.path), hint="give the model without adapter")
         first, second = (source, target) if source.is_adapter else (target, source)
     others = [base] if base is not None else []
-    chosen = route(_named_otherwise(first, second, base, relation), second, others, options)
+    chosen = route(_named_otherwise(first, second, base, relation), second, others, kept, options)
     return Case(relation, first, second, base, kept, chosen, tuple(dict.fromkeys(warnings)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -21,6 +22,10 @@ from .verify_inputs import bits_of, numbers_of
 from .verify_report import Check, ModuleRow
 
 Step = Callable[[int], None]
+Likeness = Literal["rounded", "near", "factored", "different"]
+"""DST's factors are SRC's, each rounded at most once; rounded more often, as other programs do; another factorization;
+or neither."""
+NOTES = {"rounded": "rounded once", "near": "equal to within rounding", "factored": "another factorization"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,22 +141,23 @@ def _deltas(row: ModuleRow, one: Thin, two: Thin, *, same_bits: bool) -> ModuleR
         note = "" if one.finite else "NaN or infinite values, equal on both sides"
         return replace(row, delta_norm=norm(two), max_abs=0.0, max_rel=0.0, ulps=0.0, cosine=_one(two), bound=0.0,
                        ratio=0.0, note=note)  # fmt: skip
-    exact, allowed, how = _held_against(one, two)
+    like, allowed, how = _held_against(one, two)
     found = difference(one, two)
-    apart = 0.0 if exact and _values_equal(one, two) else found.apart
-    bound = allowed + bounds.qr_noise(one.b.shape[0], one.a.shape[1], one.a.shape[0] + two.a.shape[0]) * _mass(one, two)
-    ok = exact or (how == "" and apart <= bound)
+    apart = 0.0 if like == "rounded" and _values_equal(one, two) else found.apart
+    noise = bounds.qr_noise(one.b.shape[0], one.a.shape[1], one.a.shape[0] + two.a.shape[0]) * _mass(one, two)
+    bound = allowed + noise
+    ok = like != "different" and (like == "rounded" or apart <= bound)
     larger = max(found.first, found.second)
     row = replace(
         row, ok=ok, delta_norm=found.second, max_abs=apart, max_rel=apart / larger if larger else 0.0,
-        cosine=found.cosine, bound=0.0 if exact and apart == 0 else bound,
+        cosine=found.cosine, bound=0.0 if apart == 0 else bound,
         ratio=0.0 if apart == 0 else apart / bound if bound else math.inf,
     )  # fmt: skip
     if ok:
-        return replace(row, note="" if exact and apart == 0 else "rounded once" if exact else "another factorization")
+        return replace(row, note="" if apart == 0 and like == "rounded" else NOTES[like])
     if not (one.finite and two.finite):
         return replace(row, note=_nonfinite(one, two), ratio=math.nan, bound=0.0)
-    if how:  # bits must be equal: any error is beyond the bound
+    if like == "different":  # factor by factor they must agree: any error is beyond the bound
         row = replace(row, bound=0.0, ratio=math.inf)
     return replace(row, note=_diagnosis(one, two, found) or how)
 
@@ -174,24 +180,34 @@ def _values_equal(one: Thin, two: Thin) -> bool:
     return m1 == m2 and np.array_equal(np.ldexp(one.b, e1 - e2), two.b)
 
 
-def _held_against(one: Thin, two: Thin) -> tuple[bool, float, str]:
-    """Return (DST's factors are SRC's, each rounded at most once; error that other roundings may cause; why not).
-
-    The reason is empty where factors may differ because they are another factorization.
-    """
+def _held_against(one: Thin, two: Thin) -> tuple[Likeness, float, str]:
+    """Say how DST's factors come from SRC's, what that may change in the delta, and why they are different."""
     ratio = one.scaling / two.scaling if two.scaling else math.nan
-    if one.a.shape == two.a.shape:
-        a_fits = _is_rounded(one.a, one.a_type, two.a, two.a_type, 1.0)
-        b_fits = _is_rounded(one.b, one.b_type, two.b, two.b_type, ratio)
-        if a_fits and b_fits:
-            return True, _reach(one, two), ""
-        plain = one.scaling == two.scaling and one.a_type == two.a_type and one.b_type == two.b_type
-        if plain and (a_fits or b_fits):
-            other = "B" if a_fits else "A"
-            return False, 0.0, f"lora_{other} differs in {_count(one, two, other)}"
-        if a_fits and one.b_type == two.b_type and np.array_equal(one.b, two.b):
-            return False, 0.0, f"the factors agree, the scaling is {two.scaling:g} instead of {one.scaling:g}"
-    return False, _reach(one, two), ""
+    if one.a.shape != two.a.shape:
+        return "factored", _reach(one, two), ""
+    sides = (("A", one.a, one.a_type, two.a, two.a_type, 1.0), ("B", one.b, one.b_type, two.b, two.b_type, ratio))
+    rounded = [_is_rounded(*side[1:]) for side in sides]
+    if all(rounded):
+        return "rounded", _reach(one, two), ""
+    near = [fits or _is_near(*side[1:]) for fits, side in zip(rounded, sides, strict=True)]
+    if all(near):
+        return "near", 3 * _reach(one, two), ""
+    if any(near):
+        if near[0] and np.array_equal(one.b, two.b):
+            return "different", 0.0, f"the factors agree, the scaling is {two.scaling:g} instead of {one.scaling:g}"
+        other = "B" if near[0] else "A"
+        return "different", 0.0, f"lora_{other} differs in {_count(one, two, other)}"
+    return "factored", _reach(one, two), ""
+
+
+def _is_near(x: Numbers, x_type: DType | None, y: Numbers, y_type: DType | None, factor: float) -> bool:
+    """Say whether ``y`` is ``factor * x`` to within three roundings (as others scale), or ``x`` is ``y`` rounded."""
+    if y_type is None or x_type is None or not math.isfinite(factor):
+        return False
+    if factor == 1.0:
+        return x_type != y_type and bool(np.array_equal(floats.rounded(y, x_type), x))
+    allowed, wanted = bounds.gamma(3, bounds.roundoff(y_type)), x * factor
+    return bool((np.abs(y - wanted) <= allowed * np.abs(wanted) + bounds.smallest(y_type)).all())
 
 
 def _count(one: Thin, two: Thin, which: str) -> str:

@@ -106,15 +106,17 @@ class Route:
         return tables.map_adapter(self.table, adapter, to=to, sizes=self.sizes, layout=self.layout)  # type: ignore[arg-type]
 
 
-def route(first: Opened, second: Opened, others: Sequence[Opened], options: VerifyOptions) -> Route:
-    """Choose the table between two files: as told, as a manifest says, none where names agree, else the one that fits.
+def route(
+    first: Opened, second: Opened, others: Sequence[Opened], kept: Manifest | None, options: VerifyOptions
+) -> Route:  # fmt: skip
+    """Choose the table between two files: as told, as the manifest of their conversion says, none where names agree,
+    else the one that fits.
 
     Raises UsageError when several tables or none lead from the names of one file to those of the other.
     """
     everyone = (first, second, *others)
     if len({one.dialect.framework for one in everyone}) == 1:
         return Route("identity", None, {}, None)
-    kept = next((one.kept for one in (second, first) if one.kept is not None), None)
     layout = dict(options.layout)
     if kept is not None and not layout:
         layout = {k.removeprefix("layout."): v for k, v in kept.options.items() if k.startswith("layout.")}
