@@ -16,9 +16,10 @@ from .errors import counted
 if TYPE_CHECKING:
     from .errors import LorabridgeError
 
+count = counted
+
 # Cc: control; Cf: bidi marks, zero-width, tags; Cs: lone surrogates; Co, Cn: unassigned; Zl, Zp: line separators.
 _UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-count = counted
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 

@@ -12,6 +12,7 @@ from ..dtypes import ALIASES, BY_NAME, DType
 from ..errors import MappingError, OutputError, UsageError
 from ..forward import Settings, dialect_named
 from ..manifest import Manifest
+from ..numerics import POLICIES
 from ..repository import Framework, Input, Output, framework_of, plan_output
 from ..selection import Selection
 
@@ -71,6 +72,7 @@ class Choice:
 
 def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
     """Decide; UsageError for options that contradict each other, OutputError for an impossible place."""
+    _check_options(options)
     kept = given.manifest if given.manifest is not None and given.manifest.describes(given.source.specs) else None
     warnings: tuple[str, ...] = ()
     if given.manifest is not None and kept is None:
@@ -97,6 +99,17 @@ def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
             hint="pass --family NAME, or --family identity to keep every name",
         )
     return choice
+
+
+def _check_options(options: ConvertOptions) -> None:
+    """Refuse values that the command line would not let through."""
+    if options.on_overflow not in POLICIES:
+        raise UsageError(f"on_overflow {options.on_overflow!r} is none of {', '.join(POLICIES)}", hint="choose one")
+    if options.workers < 0:
+        raise UsageError(f"{options.workers} workers are too few", hint="give a positive number, or 0 for one per CPU")
+    for name, patterns in (("include", options.include), ("exclude", options.exclude)):
+        if isinstance(patterns, str):
+            raise UsageError(f"{name} is one text", where=patterns, hint=f"give a tuple: {name}=({patterns!r},)")
 
 
 def source_dialect(given: Input, kept: Manifest | None, facts: Facts, chosen: str | None) -> Dialect:

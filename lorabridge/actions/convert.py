@@ -196,7 +196,7 @@ def run(job: Job, given: Input, options: ConvertOptions, notes: numerics.Notes, 
     """Execute a planned conversion and publish its files together."""
     output = job.choice.output
     sidecar = None if output.directory else manifest.sidecar(output.target)
-    if sidecar is not None and sidecar.exists() and not options.overwrite:
+    if sidecar is not None and sidecar.exists() and not output.target.exists() and not options.overwrite:
         raise OutputError("the output's manifest exists", where=str(sidecar), hint="move it away or pass --overwrite")
     _check_stored_checksums(given)
     require_space(output.target.parent, job.plan.nbytes + (job.plan.nbytes >> 6))

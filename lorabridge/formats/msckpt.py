@@ -355,7 +355,7 @@ def _blocks(headers: Sequence[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]
     yield start, bytes(block)
 
 
-_BY_DTYPE = "give --dtype (float32, float16, bfloat16) for such tensors, or write safetensors"
+_BY_DTYPE = "cast floating-point tensors with --dtype (float32, float16, bfloat16), or leave them out with --exclude"
 _BY_NAME = "rename the tensor, or write safetensors"
 _BY_SHAPE = "leave the tensor out with --exclude, or write safetensors"
 

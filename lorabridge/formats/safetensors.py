@@ -316,7 +316,7 @@ def _refuse(filename: str, specs: Sequence[TensorSpec], metadata: Mapping[str, s
             issues.append(f"{shown(filename)}: {shown(spec.name)}: {problem}")
     if issues:
         reader = "MindSpore reads from safetensors" if flavour == "ms" else "safetensors holds"
-        hint = "rename tensors with a table; change element types with --dtype, or write another container"
+        hint = "cast floating-point tensors with --dtype, leave others out with --exclude, or write another container"
         raise MappingError(f"tensors are not what {reader}", where=issues, hint=hint)
     problem = ""
     try:

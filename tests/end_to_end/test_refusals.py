@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lorabridge import ConvertOptions, convert
 from lorabridge.dialects.adapter import Fact, Facts
-from lorabridge.errors import LorabridgeError
+from lorabridge.errors import LorabridgeError, OutputError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,28 @@ def test_zero_bytes_in_paths(made: Path, tmp_path: Path) -> None:
     for source, target in ((made / "peft", f"{tmp_path}/a\0b.ckpt"), (f"{tmp_path}/a\0b", tmp_path / "out.ckpt")):
         with pytest.raises(LorabridgeError, match="zero byte"):
             convert(source, target)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ConvertOptions(on_overflow="clip", dtype="fp16"), ConvertOptions(workers=-1), ConvertOptions(include="*.query")],
+    ids=["overflow", "workers", "include"],
+)
+def test_options_that_only_python_can_give(options: ConvertOptions, made: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as raised:
+        convert(made / "peft", tmp_path / "out.ckpt", options)
+    assert raised.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_output_is_named_where_it_exists(made: Path, tmp_path: Path) -> None:
+    convert(made / "peft", tmp_path / "out.ckpt")
+    with pytest.raises(OutputError) as raised:
+        convert(made / "peft", tmp_path / "out.ckpt")
+    assert raised.value.where == (str(tmp_path / "out.ckpt"),)
+    (tmp_path / "out.ckpt").unlink()
+    with pytest.raises(OutputError, match="manifest"):
+        convert(made / "peft", tmp_path / "out.ckpt")
 
 
 SELECTIONS = {
