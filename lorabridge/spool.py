@@ -9,6 +9,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
@@ -22,14 +23,17 @@ from .tensors import Extent, TensorSpec
 
 
 class Spool:
-    """Hold computed tensors by name; any thread may read, and :meth:`put` is for one thread at a time."""
+    """Hold computed tensors by name; any thread may read, and :meth:`put` is for one thread at a time.
 
-    format = "spool"
+    ``key``: the prefix of the spool among joined sources, which the expressions that :meth:`put` returns have.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, key: str = "made") -> None:
+        self.key = key
+        self.format = "spool"
         self.path = Path(tempfile.gettempdir())
         self.metadata: Mapping[str, str] = {}
-        self._specs: dict[str, TensorSpec] = {}
+        self.specs: Mapping[str, TensorSpec] = {}
         self._offsets: dict[str, int] = {}
         self._file = tempfile.TemporaryFile(prefix="lorabridge-")  # noqa: SIM115  closed by close()
         self._end = 0
@@ -37,21 +41,16 @@ class Spool:
         self._lock = Lock()
 
     @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """What was put so far, in order."""
-        return self._specs
-
-    @property
     def digest(self) -> str:
         """Hexadecimal sha256 of the bytes of all tensors in order."""
         return self._hash.hexdigest()
 
     def put(self, name: str, numbers: Numbers, dtype: DType, *, where: str = "") -> Expr:
-        """Round numbers once to a type, keep them under a new name and return how to read them.
+        """Round numbers once to a type, keep them under a new name, and return how a joined source reads them.
 
         A MappingError says that a number is beyond the type's range.
         """
-        if name in self._specs:
+        if name in self.specs:
             raise ValueError(f"{name!r} was put before")
         double = BY_NAME["float64"]
         bits, _ = cast(np.ascontiguousarray(numbers).view(double.carrier()), double, dtype, where=where or name)
@@ -61,14 +60,15 @@ class Spool:
             self._file.write(data)
             self._file.flush()
             spec = TensorSpec(name, dtype, tuple(numbers.shape))
-            self._specs[name], self._offsets[name] = spec, self._end
+            self.specs = {**self.specs, name: spec}
+            self._offsets[name] = self._end
             self._end += len(data)
             self._hash.update(data)
-        return read(spec)
+        return read(replace(spec, name=f"{self.key}/{name}"))
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Bits:
         """Return the bits of a tensor, or of rows of its first axis."""
-        spec, offset = self._specs[name], self._offsets[name]
+        spec, offset = self.specs[name], self._offsets[name]
         shape, length = spec.shape, spec.nbytes
         if rows is not None:
             row = length // shape[0] if shape[0] else 0

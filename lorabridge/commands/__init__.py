@@ -8,6 +8,8 @@ COMMANDS = {
     "convert": "lorabridge.commands.convert:convert",
     "verify": "lorabridge.commands.verify:verify",
     "inspect": "lorabridge.commands.inspect:inspect",
+    "extract": "lorabridge.commands.extract:extract",
+    "combine": "lorabridge.commands.combine:combine",
     "tables": "lorabridge.commands.tables:tables",
     "clean": "lorabridge.commands.clean:clean",
     "env": "lorabridge.commands.env:env",

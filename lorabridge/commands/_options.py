@@ -44,12 +44,34 @@ def progress_option(command: F) -> F:
     return click.option("--no-progress", is_flag=True, help="Show no progress, not even on a terminal.")(command)
 
 
-def fact_options(command: F) -> F:
-    """Add an option for each statement about modules; with a pattern it counts for the matching paths only."""
-    for field in reversed(FACTS):
-        metavar, text = FACT_HELP[field]
-        name = "--" + field.replace("_", "-")
-        command = click.option(name, field, multiple=True, metavar=metavar, help=text)(command)
+def facts_for(*fields: str) -> Callable[[F], F]:
+    """Add an option for each of some statements about modules; with a pattern it counts for the matching paths only."""
+
+    def add(command: F) -> F:
+        for field in reversed(fields):
+            metavar, text = FACT_HELP[field]
+            name = "--" + field.replace("_", "-")
+            command = click.option(name, field, multiple=True, metavar=metavar, help=text)(command)
+        return command
+
+    return add
+
+
+fact_options = facts_for(*FACTS)
+"""Every statement about modules."""
+
+
+def target_options(command: F) -> F:
+    """Add what every command that writes one checkpoint takes: --workers, --dry-run, --overwrite."""
+    for option in (
+        click.option("--overwrite", is_flag=True, help="Replace the output, in one step, if it exists."),
+        click.option("-n", "--dry-run", is_flag=True, help="Do everything but writing, and report."),
+        click.option(
+            "--workers", metavar="N", type=click.IntRange(min=0, max=256), default=0, envvar="LORABRIDGE_WORKERS",
+            help="Threads; by default one per CPU, at most 8. The output does not depend on it.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
     return command
 
 

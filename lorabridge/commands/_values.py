@@ -197,3 +197,15 @@ def pairs(texts: Sequence[str], option: str) -> dict[str, str]:
 def is_tolerance_or_rank(text: str) -> bool:
     """Tell the value of --compress from the next argument."""
     return re.fullmatch(r"\d{1,9}|\d*\.\d+(e-?\d+)?|\d+e-\d+", text.lower(), re.ASCII) is not None
+
+
+def weights(texts: Sequence[str]) -> tuple[tuple[str, tuple[float, ...]], ...]:
+    """Read ``W,W`` and ``PATTERN=W,W`` texts: patterns count before weights for every module."""
+    found = []
+    for text in texts:
+        pattern, _, numbers = text.rpartition("=")
+        try:
+            found.append((pattern or "*", tuple(float(real(part.strip())) for part in numbers.split(","))))
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="'--weights'") from None
+    return tuple(sorted(found, key=lambda entry: entry[0] == "*"))
