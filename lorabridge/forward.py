@@ -18,7 +18,7 @@ from .dialects.adapter import Adapter, Content, Dialect, Facts, Json, LoraModule
 from .dialects.peft_config import unsupported_fields
 from .dialects.peft_write import of_part
 from .dtypes import BY_NAME, DType
-from .errors import MappingError
+from .errors import MappingError, counted
 from .names import natural_key
 from .selection import Selection, select, tensors_of
 
@@ -152,7 +152,7 @@ def _map(adapter: Adapter, table: Table, target: Dialect, settings: Settings) ->
         )  # fmt: skip
         if found.problems:
             raise MappingError(
-                f"{len(found.problems)} parameters do not make a whole {table.family} model",
+                f"not a whole {table.family} model: {counted(len(found.problems), 'problem')}",
                 where=found.problems,
                 hint="check --family and --config; select a part of a model with --include or --layers",
             )
@@ -234,7 +234,7 @@ def _check_all_used(
     lost = sorted(set(content.specs) - used - {name for name, _ in dropped} - set(unselected))
     if lost:
         raise MappingError(
-            f"{len(lost)} tensors have no place in the target",
+            f"{counted(len(lost), 'tensor')} without a place in the target",
             where=lost,
             hint="exclude them with --exclude, or report",
         )

@@ -167,7 +167,7 @@ class Staging:
         self._dropped: set[str] = set()
         self._published = False
         if self.target.name in ("", ".."):
-            raise OutputError("the output has no name of its own", where=str(target))
+            raise OutputError("the output has no name of its own", where=str(target), hint="name a file or directory")
         if not self.target.parent.is_dir():
             raise OutputError(
                 "the output's directory does not exist", where=str(self.target.parent), hint="create it first"

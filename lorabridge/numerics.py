@@ -20,7 +20,7 @@ import numpy.typing as npt
 from . import lowrank
 from .axes import Compute, Kernel, reads
 from .dtypes import BY_NAME, DType
-from .errors import InputError, MappingError
+from .errors import InputError, MappingError, counted
 from .floats import (
     LAYOUTS,
     Bits,
@@ -287,7 +287,8 @@ class _Misfits:
     def raise_any(self, target: DType, where: str) -> None:
         if self.count:
             raise MappingError(
-                f"{self.count} values do not fit {target} (largest finite {LAYOUTS[target.name].largest:g})",
+                f"{counted(self.count, 'value')} {'does' if self.count == 1 else 'do'} not fit {target} "
+                f"(largest finite {LAYOUTS[target.name].largest:g})",
                 where=f"{where or 'tensor'}: largest {self.largest:g}",
                 hint="choose a wider --dtype, or pass --on-overflow saturate or --on-overflow inf",
             )

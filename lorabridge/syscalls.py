@@ -68,6 +68,10 @@ def refusals(path: Path, needed: int = 0) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             size = f"{needed:,} bytes are needed in all; " if needed else ""
             hint = f"{size}free some space or write to another file system"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            hint = "check the permissions, or write elsewhere"
+        elif error.errno == errno.ENAMETOOLONG:
+            hint = "choose a shorter name"
         problem = f"the operating system refused: {(error.strerror or str(error)).lower()}"
         raise StorageError(problem, where=str(path), hint=hint) from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import dialects
 from ..dialects.adapter import Dialect, Fact, Facts
 from ..dtypes import ALIASES, BY_NAME, DType
-from ..errors import MappingError, OutputError, UsageError
+from ..errors import InputError, MappingError, OutputError, UsageError
 from ..forward import Settings, dialect_named
 from ..manifest import Manifest
 from ..numerics import POLICIES
@@ -79,9 +79,7 @@ def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
         warnings = ("the manifest beside describes other tensors and is ignored",)
     facts = options.facts.then(given.stated).then(kept.facts if kept else Facts())
     if options.adapter_only:
-        facts = facts.then(
-            Facts((Fact("*", "merged", False),))
-        )  # base weights do not travel: their state does not matter
+        facts = facts.then(Facts((Fact("*", "merged", False),)))  # the base stays behind: its state does not matter
     own = kept is not None or "lora_alpha" in (given.adapter_config or {})
     chosen = tuple(f for f in options.facts.entries if own or f.field not in ("alpha", "rank"))
     origin = source_dialect(given, kept, facts, options.source_dialect)
@@ -105,6 +103,12 @@ def _check_options(options: ConvertOptions) -> None:
     """Refuse values that the command line would not let through."""
     if options.on_overflow not in POLICIES:
         raise UsageError(f"on_overflow {options.on_overflow!r} is none of {', '.join(POLICIES)}", hint="choose one")
+    if options.on_overflow != "error" and options.dtype is None:
+        raise UsageError("--on-overflow is about casts, and none is asked for", hint="add --dtype, or leave it out")
+    if options.mappings is not None and not options.mappings.is_dir():
+        raise UsageError(
+            "--mappings is not a directory", where=str(options.mappings), hint="name the tables' directory"
+        )
     if options.workers < 0:
         raise UsageError(f"{options.workers} workers are too few", hint="give a positive number, or 0 for one per CPU")
     for name, patterns in (("include", options.include), ("exclude", options.exclude)):

@@ -110,3 +110,13 @@ def test_padding_is_said(made: Path, tmp_path: Path) -> None:
     report = convert(made / "peft", tmp_path / "out.ckpt", ConvertOptions(facts=Facts((Fact("*", "rank", 6),))))
     assert {module.rank for module in report.modules} == {6}
     assert sum("rank 4 padded with zeros to 6" in note for note in report.notes) == 4
+
+
+def test_options_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+    from lorabridge.errors import InputError, UsageError
+
+    example = Path(__file__).parents[2] / "examples" / "token-classifier"
+    with pytest.raises(UsageError, match="on-overflow"):
+        convert(example, tmp_path / "out.ckpt", ConvertOptions(on_overflow="inf"))
+    with pytest.raises(InputError, match="mappings"):
+        convert(example, tmp_path / "out.ckpt", ConvertOptions(mappings=tmp_path / "nowhere"))
