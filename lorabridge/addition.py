@@ -23,6 +23,8 @@ TYPES = ("bfloat16", "float16", "float32", "float64")
 
 Floats = npt.NDArray[np.floating[npt.NBitBase]]
 Adjust = Callable[[Matrix, int, int], Matrix]
+Seen = Callable[[int, Bits, Bits, Matrix | None], None]
+"""Called with a block's first row, the weight's bits, the merged bits, and the delta where just a delta was added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +57,20 @@ class Change:
 
 
 def added(
-    weight: Bits, dtype: DType, deltas: Sequence[Delta], *, start: int, adjust: Adjust | None = None
+    weight: Bits,
+    dtype: DType,
+    deltas: Sequence[Delta],
+    *,
+    start: int,
+    adjust: Adjust | None = None,
+    seen: Seen | None = None,
 ) -> tuple[Bits, Change]:
     """Return the bits of ``weight + sum(deltas)`` and what changed.
 
     ``weight``: bits ``[rows, columns]``, C-contiguous, the rows from ``start`` on of what the deltas add to.
     ``adjust(sum, first row, last row)`` replaces the sum before rounding (DoRA's normalisation). The result has the
     same bits for any cutting into rows. Elements that were not finite keep their bits; sums that are not finite are
-    counted as ``broken``.
+    counted as ``broken``. ``seen`` gets every block as it is done.
     """
     rows, columns = weight.shape
     out: Bits = np.empty(weight.shape, weight.dtype)
@@ -77,6 +85,7 @@ def added(
             sums = _delta(deltas, start + low, start + high, room)
             reached = given.size if dense else int(np.count_nonzero(sums))
             delta = float(np.vdot(sums, sums))
+            alone = sums + 0.0 if seen is not None and adjust is None else None
             numbers = room.weight(given, dtype)
             np.add(sums, numbers, out=sums)
             _fix_zeros(sums, given, dtype)
@@ -85,6 +94,8 @@ def added(
                 moved = sums - numbers
                 delta = float(np.vdot(moved, moved))
             total = total.plus(_rounded(sums, given, into, dtype, room, numbers, reached, delta))
+            if seen is not None:
+                seen(start + low, given, into, alone)
     return out, total
 
 

@@ -8,15 +8,21 @@ from threading import Lock
 
 import numpy as np
 
+from . import addition
 from .addition import Change, added
 from .axes import Compute, Kernel
 from .blocks import copy_tiled
 from .deltas import Delta, Factors, Matrix, prepare
+from .dtypes import DType
 from .floats import Bits, values
 from .recipe import Recipe, Update, recipe_of
 
-Seen = Callable[[str, int, Bits, Bits], None]
-"""Called with (base parameter, first row of the block, weight bits, merged bits), from any thread, in any order."""
+Seen = Callable[[str, DType, tuple[int, int], int, Bits, Bits, Matrix | None], None]
+"""Called with a base parameter, its type, its matrix's shape, and a block: first row, bits before, bits after, delta.
+
+From any thread, in any order. The delta is what :func:`lorabridge.deltas.delta_rows` gives, summed over the adapters,
+or None where the sum was normalised (DoRA).
+"""
 
 READY = 4
 """How many weights' deltas stay prepared; blocks of one weight follow each other."""
@@ -55,12 +61,20 @@ class Merger:
         adjust = None
         if recipe.updates[-1].magnitude:
             adjust = _dora(recipe, operands[-1].reshape(-1), deltas, weight, node)
-        bits, change = added(weight, node.dtype, deltas, start=first, adjust=adjust)
+        bits, change = added(weight, node.dtype, deltas, start=first, adjust=adjust, seen=self._watch(recipe, node))
         with self._lock:
             self._changes[recipe.name] = self._changes.get(recipe.name, Change()).plus(change)
-        if self._seen is not None:
-            self._seen(recipe.name, first, weight, bits)
         return bits
+
+    def _watch(self, recipe: Recipe, node: Compute) -> addition.Seen | None:
+        seen, shape = self._seen, (recipe.rows, node.shape[1])
+        if seen is None:
+            return None
+
+        def note(start: int, before: Bits, after: Bits, delta: Matrix | None) -> None:
+            seen(recipe.name, node.dtype, shape, start, before, after, delta)
+
+        return note
 
     def _deltas(self, recipe: Recipe, node: Compute, operands: Sequence[Matrix]) -> tuple[Delta, ...]:
         key = (recipe, node.args[1:])

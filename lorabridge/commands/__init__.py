@@ -6,8 +6,10 @@ from typing import NoReturn
 
 COMMANDS = {
     "convert": "lorabridge.commands.convert:convert",
+    "merge": "lorabridge.commands.merge:merge",
     "verify": "lorabridge.commands.verify:verify",
     "inspect": "lorabridge.commands.inspect:inspect",
+    "resize": "lorabridge.commands.resize:resize",
     "extract": "lorabridge.commands.extract:extract",
     "combine": "lorabridge.commands.combine:combine",
     "tables": "lorabridge.commands.tables:tables",

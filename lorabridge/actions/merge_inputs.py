@@ -1,0 +1,165 @@
+"""Open a base and adapters, and bring the adapters to the base's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from .. import dialects, tables
+from ..dialects.adapter import Adapter, Dialect, Facts, LoraModule
+from ..errors import MappingError, UsageError
+from ..forward import dialect_named
+from ..joined import Joined, prefixed
+from ..landing import moved_prefix, parameter_of
+from ..merging import Addition
+from ..repository import Input, open_input
+from .choices import source_dialect
+
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """Everything a merge can be told; see ``lorabridge merge --help`` for the meaning of each."""
+
+    adapter_dialect: str | None = None
+    target_dialect: str | None = None
+    family: str | None = None
+    config: Path | None = None
+    layout: Mapping[str, str] = field(default_factory=dict)
+    mappings: Path | None = None
+    facts: Facts = field(default_factory=Facts)
+    weights: tuple[float, ...] = ()
+    exact: bool = False
+    residual_base: bool = False
+    onto_merged: bool = False
+    max_shard_size: int | None = None
+    crc: bool = False
+    workers: int = 0
+    dry_run: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The inputs of a merge: ``origin`` is the base's side; ``labels`` name the adapters in a joined source."""
+
+    base: Input
+    adapters: tuple[Input, ...]
+    origin: Dialect
+    joined: Joined
+    labels: tuple[str, ...]
+
+
+@contextmanager
+def opened(base: Path, adapters: Sequence[Path], options: MergeOptions) -> Iterator[Opened]:
+    """Open every input and close it at the end; checks what can be known before a dialect is parsed."""
+    if options.weights and len(options.weights) != len(adapters):
+        raise UsageError(
+            f"{len(options.weights)} weights for {len(adapters)} adapters", hint="give --weights one number per adapter"
+        )
+    with ExitStack() as stack:
+        given = []
+        for path in (base, *adapters):
+            one = open_input(Path(path), config=options.config)
+            stack.callback(one.source.close)
+            given.append(one)
+        first = given[0]
+        origin = _base_side(first)
+        if not options.onto_merged:
+            _refuse_merged(first)
+        labels = tuple(f"adapter{i}" for i in range(len(adapters)))
+        sources = {BASE: first.source} | {label: one.source for label, one in zip(labels, given[1:], strict=True)}
+        yield Opened(first, tuple(given[1:]), origin, Joined(sources), labels)
+
+
+def _base_side(given: Input) -> Dialect:
+    found = dialects.detect(replace(given.content(), config=None))
+    if found:
+        raise MappingError(
+            "the base holds an adapter",
+            where=[f"{given.path}: {name}: {why}" for name, why in found],
+            hint="give the base model first, then the adapter",
+        )
+    mindspore = given.source.format == "mindspore" or given.source.metadata.get("format") == "ms"
+    return dialect_named("ms" if mindspore else "hf")
+
+
+def _refuse_merged(given: Input) -> None:
+    known = [given.stated]
+    if given.manifest is not None:
+        known += [given.manifest.facts, given.manifest.stated]
+    said = [entry for facts in known for entry in facts.entries if entry.field == "merged" and entry.value is True]
+    if said or MERGED_KEY in given.source.metadata:
+        raise MappingError(
+            "the base is a merged model already",
+            where=[str(given.path), given.source.metadata.get(MERGED_KEY, "")[:300]],
+            hint="merge into the original base, or pass --onto-merged to add another adapter",
+        )
+
+
+MERGED_KEY = "lorabridge.merged"
+"""Key of a merged model's container metadata: which adapters it holds."""
+
+
+def additions(given: Opened, base: Adapter, options: MergeOptions) -> list[Addition]:
+    """Parse every adapter and bring it to the base's names, reading from the joined source."""
+    out: list[Addition] = []
+    weights = options.weights or (1.0,) * len(given.adapters)
+    for label, one, weight in zip(given.labels, given.adapters, weights, strict=True):
+        kept = one.manifest if one.manifest is not None and one.manifest.describes(one.source.specs) else None
+        facts = options.facts.then(one.stated).then(kept.facts if kept else Facts())
+        dialect = source_dialect(one, kept, facts, options.adapter_dialect)
+        if dialect.name in ("hf", "ms"):
+            raise MappingError(
+                "the adapter holds no LoRA factors", where=str(one.path), hint="name its dialect with --from"
+            )
+        adapter = prefixed(dialect.parse(one.content(facts)), label, one.source.specs)
+        family = options.family or (kept.options.get("family") if kept else None)
+        for part in _on_side(adapter, dialect, base, given, replace(options, family=family)):
+            out.append(Addition(part, weight, str(one.path)))
+    return out
+
+
+def _on_side(
+    adapter: Adapter, dialect: Dialect, base: Adapter, given: Opened, options: MergeOptions
+) -> list[Adapter]:  # fmt: skip
+    """Rename through the family's table where the adapter is in the other framework's names."""
+    known = {extra.name for extra in base.extras}
+    moved, _ = moved_prefix(adapter, known)
+    if dialect.framework == given.origin.framework or _any_lands(moved, known):
+        return [adapter]
+    if options.family in (None, "identity"):
+        raise UsageError(
+            f"the adapter has {dialect.framework} names and the base has not",
+            where=[adapter.modules[0].path if adapter.modules else given.labels[0]],
+            hint="pass --family NAME; `lorabridge tables list` lists the known ones",
+        )
+    table = tables.load_family(str(options.family), options.mappings)
+    sizes = tables.sizes_from_config(table, given.base.model_config) if given.base.model_config else None
+    side = "hf" if given.origin.framework == "torch" else "ms"
+    mapped = [
+        tables.map_adapter(table, part, to=side, sizes=sizes, layout=options.layout)  # type: ignore[arg-type]
+        for part in _alike(adapter)
+    ]
+    return mapped
+
+
+def _any_lands(adapter: Adapter, known: set[str]) -> bool:
+    return any(parameter_of(module.path, module.weight, known) for module in adapter.modules)
+
+
+def _alike(adapter: Adapter) -> list[Adapter]:
+    """Split an adapter by scaling: a table may fuse modules, and a fused module has one scaling."""
+    groups: dict[tuple[float, bool], list[LoraModule]] = {}
+    for module in adapter.modules:
+        groups.setdefault((module.scaling.value, module.scaling.rslora), []).append(module)
+    parts = [
+        replace(adapter, modules=tuple(modules), extras=(), left_out=(), warnings=()) for modules in groups.values()
+    ]
+    if not parts:
+        return [adapter]
+    parts[0] = replace(parts[0], extras=adapter.extras, left_out=adapter.left_out, warnings=adapter.warnings)
+    return parts

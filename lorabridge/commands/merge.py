@@ -1,0 +1,183 @@
+"""The command ``lorabridge merge``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, Unpack
+
+import click
+
+from .. import report as text
+from ._group import Command, Manual, documented
+from ._options import fact_options, mappings_option, output_options, progress_option
+from ._progress import Progress
+from ._terminal import Output, width
+from ._values import FACTS, Name, Size, dialects, facts, known_family, pairs, real
+
+if TYPE_CHECKING:
+    from ..actions.merge import MergeOptions
+    from ..actions.merge_report import MergeReport
+
+
+class Given(TypedDict):
+    """The options as click hands them over."""
+
+    adapter_dialect: str | None
+    target_dialect: str | None
+    family: str | None
+    config: Path | None
+    layout: tuple[str, ...]
+    mappings: Path | None
+    alpha: tuple[str, ...]
+    rank: tuple[str, ...]
+    use_rslora: tuple[str, ...]
+    fan_in_fan_out: tuple[str, ...]
+    enable_lora: tuple[str, ...]
+    kernel_size: tuple[str, ...]
+    groups: tuple[str, ...]
+    out_features: tuple[str, ...]
+    conv_form: tuple[str, ...]
+    kind: tuple[str, ...]
+    merged: tuple[str, ...]
+    weights: str | None
+    exact: bool
+    residual_base: bool
+    onto_merged: bool
+    max_shard_size: int | None
+    crc: bool
+    workers: int
+    dry_run: bool
+    overwrite: bool
+    json: bool
+    quiet: bool
+    verbose: bool
+    no_progress: bool
+
+
+@documented(
+    Manual(
+        arguments={
+            "BASE": "The base model: a file, a sharded set's index, or a directory, of either framework.",
+            "ADAPTER...": "One or more adapters: files or peft directories, of any dialect.",
+            "OUT": "A file, whose suffix decides the container (.safetensors, .bin/.pt, .ckpt), or a directory.",
+        },
+        groups={
+            "From and to": ("adapter_dialect", "target_dialect", "family", "config", "layout", "mappings"),
+            "What the adapter does not say": tuple(FACTS),
+            "Numbers": ("weights", "exact", "residual_base", "onto_merged"),
+            "Writing": ("max_shard_size", "crc", "workers", "dry_run", "overwrite"),
+            "Output": ("json", "quiet", "verbose", "no_progress"),
+        },
+        examples=(
+            "lorabridge merge llama/ adapter/ merged/",
+            "lorabridge merge llama/ style/ facts/ merged/ --weights 0.7,1",
+            "lorabridge merge gpt2/ lora.ckpt merged/ --family gpt2",
+            "lorabridge merge gpt2/ adapter/ merged.ckpt --family gpt2",
+        ),
+    )
+)
+@click.command("merge", cls=Command)
+@click.argument("base", metavar="BASE", type=click.Path(path_type=Path))
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT")
+@click.option("--from", "adapter_dialect", type=Name("dialect", dialects), metavar="DIALECT",
+              help="Dialect of the adapters, where detection is wrong or cannot decide.")  # fmt: skip
+@click.option("--to", "target_dialect", type=Name("dialect", dialects), metavar="hf|ms",
+              help="Names of OUT; by default the base's, or those that OUT's container calls for.")  # fmt: skip
+@click.option("--family", metavar="NAME",
+              help="Table of module names, where base, adapter and OUT are not all of one framework.")  # fmt: skip
+@click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
+              help="The model's config.json or an adapter_config.json, where it is not beside its file.")  # fmt: skip
+@click.option("--layout", metavar="KEY=VALUE", multiple=True,
+              help="A choice that a table asks for, such as qkv_concat=grouped. May be repeated.")  # fmt: skip
+@mappings_option
+@fact_options
+@click.option("--weights", metavar="W,W...", help="Multiply each adapter's deltas by a number.")
+@click.option("--exact", is_flag=True, help="Compute deltas to 48 bits for bfloat16 too; other types get them anyway.")
+@click.option("--residual-base", is_flag=True,
+              help="BASE is the one that PiSSA, OLoRA, LoftQ ... left when training began.")  # fmt: skip
+@click.option("--onto-merged", is_flag=True, help="Merge another adapter into a model that was merged before.")
+@click.option("--max-shard-size", metavar="SIZE", type=Size(), help="Split OUT: 5GB ...; by default as BASE is split.")
+@click.option("--crc", is_flag=True, help="Write MindSpore's CRC trailer into a .ckpt.")
+@click.option("--workers", metavar="N", type=click.IntRange(min=0, max=256), default=0, envvar="LORABRIDGE_WORKERS",
+              help="Threads; by default one per CPU, at most 8. The output does not depend on it.")  # fmt: skip
+@click.option("-n", "--dry-run", is_flag=True, help="Plan and report; write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, in one step, if it exists.")
+@output_options
+@progress_option
+def merge(base: Path, adapters: tuple[Path, ...], target: str, **given: Unpack[Given]) -> None:
+    """Merge adapters into a base model, rounding once.
+
+    Every module must land, or nothing is written. The output's bits depend on the inputs alone, not on the machine. A
+    statement about modules is VALUE for all of them or PATTERN=VALUE for those whose path matches the glob PATTERN.
+    """
+    out = Output("merge", given["json"], given["quiet"], given["verbose"])
+    if given["family"] is not None:
+        known_family(given["family"], given["mappings"], hint="--family")
+    options = _options(given)
+    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # lorabridge's own threads share the work already
+        os.environ.setdefault(variable, "1")
+    from ..actions.merge import merge as run
+
+    with Progress("merging", enabled=not (given["no_progress"] or given["quiet"])) as progress:
+        done = run(base, adapters, target, options, progress=progress)
+    if out.json:
+        out.document(done.as_json())
+        return
+    _show(out, done)
+
+
+def _options(given: Given) -> MergeOptions:
+    from ..actions.merge_inputs import MergeOptions
+
+    texts: dict[str, tuple[str, ...]] = {
+        "alpha": given["alpha"], "rank": given["rank"], "use_rslora": given["use_rslora"],
+        "fan_in_fan_out": given["fan_in_fan_out"], "enable_lora": given["enable_lora"],
+        "kernel_size": given["kernel_size"], "groups": given["groups"], "out_features": given["out_features"],
+        "conv_form": given["conv_form"], "kind": given["kind"], "merged": given["merged"],
+    }  # fmt: skip
+    return MergeOptions(
+        adapter_dialect=given["adapter_dialect"], target_dialect=given["target_dialect"], family=given["family"],
+        config=given["config"], layout=pairs(given["layout"], "--layout"), mappings=given["mappings"],
+        facts=facts(texts.items()), weights=_weights(given["weights"]), exact=given["exact"],
+        residual_base=given["residual_base"], onto_merged=given["onto_merged"],
+        max_shard_size=given["max_shard_size"], crc=given["crc"], workers=given["workers"],
+        dry_run=given["dry_run"], overwrite=given["overwrite"],
+    )  # fmt: skip
+
+
+def _weights(given: str | None) -> tuple[float, ...]:
+    if given is None:
+        return ()
+    try:
+        return tuple(real(part) for part in given.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{given!r}: {error}", param_hint="--weights") from error
+
+
+def _show(out: Output, done: MergeReport) -> None:
+    line = f"{text.escape(done.summary())} ({text.size(done.nbytes)})"
+    out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
+    if done.rows:
+        out.result(f"{done.vanished:.1%} of the deltas vanished in rounding; largest error {done.error:.1e}")
+    if out.verbose:
+        rows = [
+            (r.parameter, f"{r.relative:.1e}", f"{r.changed:.1%}", f"{r.vanished:.1%}", f"{r.error:.1e}")
+            for r in done.rows
+        ]
+        if rows:
+            header = ("parameter", "delta/weight", "changed", "vanished", "error")
+            out.result(text.table(header, rows, right=" rrrr", width=width()))
+        for name, why in done.left_out:
+            out.result(text.escape(f"left out: {name} ({why})"))
+        for name in done.replaced:
+            out.result(text.escape(f"replaced: {name}"))
+    out.warn(done.warnings)
+    for note in done.notes:
+        out.hint(note, label="note: ")
+    if done.not_carried:
+        out.hint(f"not carried: {', '.join(done.not_carried)}", label="note: ")
+    if not done.dry_run:
+        out.hint(f"lorabridge inspect {shlex.quote(done.target)}", label="next: ")
