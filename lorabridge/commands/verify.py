@@ -28,6 +28,7 @@ class Given(TypedDict):
 
     base: Path | None
     depth: tuple[str, ...]
+    model: bool
     source_dialect: str | None
     target_dialect: str | None
     family: str | None
@@ -46,6 +47,7 @@ class Given(TypedDict):
     kind: tuple[str, ...]
     merged: tuple[str, ...]
     seed: int
+    report: Path | None
     json: bool
     quiet: bool
     verbose: bool
@@ -59,16 +61,17 @@ class Given(TypedDict):
             "DST": "What it was converted to (or from), another adapter, or a model into which it was merged.",
         },
         groups={
-            "What to compare": ("base", "depth", "seed"),
+            "What to compare": ("base", "depth", "model", "seed"),
             "From and to": ("source_dialect", "target_dialect", "family", "config", "layout", "mappings"),
             "What the files do not say": tuple(FACTS),
-            "Output": ("json", "quiet", "verbose", "no_progress"),
+            "Output": ("report", "json", "quiet", "verbose", "no_progress"),
         },
         examples=(
             "lorabridge verify peft_adapter/ out.ckpt",
             "lorabridge verify peft_adapter/ out.ckpt --base model/",
             "lorabridge verify lora.pt out.ckpt --alpha 16 --depth tensors",
             "lorabridge verify adapter/ merged/ --base model/",
+            "lorabridge verify peft_adapter/ out.ckpt --base model/ --model --report proof.html",
         ),
         optional={"--fan-in-fan-out": (is_fact("fan_in_fan_out"), "yes")},
     )
@@ -79,8 +82,10 @@ class Given(TypedDict):
 @click.option("--base", metavar="BASE", type=click.Path(path_type=Path),
               help="The model without the adapter, in either framework's names. Without it frozen weights are random; "
               "an adapter and a merged model need it.")  # fmt: skip
-@click.option("--depth", type=click.Choice(["tensors", "layers"]), multiple=True,
-              help="Compare at this depth; by default at each that is possible. May be repeated.")  # fmt: skip
+@click.option("--depth", type=click.Choice(["tensors", "layers", "model"]), multiple=True,
+              help="Compare at this depth; by default tensors and layers where possible. May be repeated.")  # fmt: skip
+@click.option("--model", is_flag=True,
+              help="Run the whole network in both frameworks too (depth model); an adapter needs --base.")  # fmt: skip
 @click.option("--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True,
               help="Seed of random inputs and frozen weights.")  # fmt: skip
 @click.option("--from", "source_dialect", type=Name("dialect", dialects), metavar="DIALECT",
@@ -95,6 +100,8 @@ class Given(TypedDict):
               help="A choice that a table asks for, such as qkv=grouped. May be repeated.")  # fmt: skip
 @mappings_option
 @fact_options
+@click.option("--report", metavar="FILE", type=click.Path(path_type=Path),
+              help="Write the findings into FILE.html, FILE.md or FILE.png as well.")  # fmt: skip
 @output_options
 @progress_option
 @click.pass_context
@@ -104,7 +111,8 @@ def verify(context: click.Context, source: Path, target: Path, **given: Unpack[G
     Depth tensors compares the files themselves: the conversion between them run again in both directions, or factors
     and deltas, or base + scaling * B A with a merged model. Depth layers runs every adapted layer with torch and peft
     (or loralib) on one side and with MindSpore on the other and holds the outputs against a bound that follows from
-    their types and widths. Exit code 0 means equal, 1 different.
+    their types and widths. --model runs the whole network in both and compares every block and the logits. Exit code 0
+    means equal, 1 different.
     """
     out = Output("verify", given["json"], given["quiet"], given["verbose"])
     if given["family"] is not None:
@@ -112,8 +120,16 @@ def verify(context: click.Context, source: Path, target: Path, **given: Unpack[G
     options = _options(given)
     from ..actions.verify import verify as run
 
+    if given["report"] is not None:
+        from ..actions.report_file import check_path
+
+        check_path(given["report"])
     with _Stages(enabled=not (given["no_progress"] or given["quiet"])) as stages:
         found = run(source, target, options, command=_command(context), progress=stages)
+    if given["report"] is not None:
+        from ..actions.report_file import write_report
+
+        write_report(found, given["report"])
     if out.json:
         out.document(found.as_json())
     else:
@@ -154,7 +170,7 @@ def _options(given: Given) -> VerifyOptions:
         "conv_form": given["conv_form"], "kind": given["kind"], "merged": given["merged"],
     }  # fmt: skip
     return VerifyOptions(
-        base=given["base"], depths=given["depth"], source_dialect=given["source_dialect"],
+        base=given["base"], depths=given["depth"], model=given["model"], source_dialect=given["source_dialect"],
         target_dialect=given["target_dialect"], family=given["family"], config=given["config"],
         layout=pairs(given["layout"], "--layout"), mappings=given["mappings"], facts=facts(texts.items()),
         seed=given["seed"],
@@ -164,7 +180,7 @@ def _options(given: Given) -> VerifyOptions:
 def _command(context: click.Context) -> str:
     """Spell a command that compares the same files in the same way; how it prints is left out."""
     words = ["lorabridge", "verify", str(context.params["source"]), str(context.params["target"])]
-    silent = {"source", "target", "json", "quiet", "verbose", "no_progress"}
+    silent = {"source", "target", "report", "json", "quiet", "verbose", "no_progress"}
     for option in context.command.params:
         value = context.params.get(option.name or "")
         if option.name in silent or value in (None, (), False) or value == option.default:
