@@ -9,6 +9,7 @@ spent here, and callers widen bfloat16 before they hand it over.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import importlib.util
 import os
@@ -76,6 +77,21 @@ def _spend_first_failure(mindspore: ModuleType) -> None:
         mindspore.Tensor(np.zeros((2, 3), np.float32)).T.asnumpy()
     except SystemError:
         mindspore.Tensor(np.zeros((2, 3), np.float32)).T.asnumpy()
+
+
+@contextmanager
+def prompt_collection() -> Iterator[Callable[[], object]]:
+    """Yield a function that frees the models and parameters that are done with, and costs next to nothing.
+
+    peft's models and MindSpore's parameters are reference cycles, which keep their weights until a garbage collection.
+    What the loaded libraries consist of is set aside meanwhile, so that a collection does not go through it.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield gc.collect
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

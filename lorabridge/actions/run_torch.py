@@ -31,8 +31,8 @@ def run_peft(layer: Layer, x: Array) -> Array:
     """
     torch, peft = load("torch"), load("peft")
     module, path = layer.module, layer.module.path
-    network, plain = _plain(torch, layer)
-    holder = _nest(torch, path, network)
+    plain = _plain(torch, layer)
+    holder = _nest(torch, path, plain)
     model = peft.get_peft_model(holder, _config(peft, layer))
     state = {_peft_name(module, role): torch.from_numpy(array) for role, array in layer.tensors.items()}
     result = peft.set_peft_model_state_dict(model, state)
@@ -49,7 +49,7 @@ def run_peft(layer: Layer, x: Array) -> Array:
     return _numpy(wrapped(torch.from_numpy(x)))
 
 
-def _plain(torch: ModuleType, layer: Layer) -> tuple[Torch, Torch]:
+def _plain(torch: ModuleType, layer: Layer) -> Torch:
     """Build the frozen layer with its weights, on no device first so that nothing is initialised for nothing."""
     module, nn = layer.module, torch.nn
     weight, bias = layer.base.weight, layer.base.bias
@@ -73,7 +73,7 @@ def _plain(torch: ModuleType, layer: Layer) -> tuple[Torch, Torch]:
     plain.weight = nn.Parameter(torch.from_numpy(weight), requires_grad=False)
     if getattr(plain, "bias", None) is not None:
         plain.bias = nn.Parameter(torch.from_numpy(np.zeros(module.out, weight.dtype) if bias is None else bias), False)
-    return plain, plain
+    return plain
 
 
 def _nest(torch: ModuleType, path: str, leaf: Torch) -> Torch:

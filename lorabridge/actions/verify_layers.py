@@ -78,9 +78,13 @@ def verify_layers(case: Case, options: VerifyOptions, progress: Progress | None 
     work = _Work(case, options.seed, modules, *(_carried(case, side) for side in (case.first, case.second)))
     step = meter("layers", sum(_weight_bytes(group) for group in joined), progress)
     rows: list[ModuleRow] = []
-    with frameworks.exact_arithmetic(*_libraries(case)):
+    libraries = _libraries(case)
+    for name in libraries:
+        frameworks.load(name)
+    with frameworks.exact_arithmetic(*libraries), frameworks.prompt_collection() as collect:
         for group in joined:
             rows += _group(work, group)
+            collect()
             step(_weight_bytes(group))
     for paths, role in ((only_first, case.first.role), (only_second, case.second.role)):
         rows += [ModuleRow(path, "", False, note=f"only {role} has this module") for path in paths]

@@ -192,24 +192,29 @@ def _command(context: click.Context) -> str:
 
 def _show(out: Output, found: VerifyReport) -> None:
     out.result(text.escape(found.summary()))
+    _show_modules(out, found)
+    for depth in found.depths:
+        _show_checks(out, depth)
     for line in found.compared:
         out.summary(text.escape(line))
     for depth in found.depths:
-        _show_depth(out, depth)
-    rows = found.worst(len(found.depths) * 10**6 if out.verbose else SHOWN)
-    if rows and (out.verbose or not found.ok):
-        shown = [item for item in rows if out.verbose or item[1].ok is False]
-        if shown:
-            header = ("module", "depth", "kind", "rank", "error", "of bound", "ulps", "cosine", "")
-            out.result(text.table(header, [_cells(*item) for item in shown], right="   rrrrr", width=width()))
+        for line in depth.proved if depth.ok else ():
+            out.summary(text.escape(f"{depth.name}: {line}"))
     out.warn(found.warnings)
     if not out.verbose and not found.ok:
         out.hint("-v lists every module and place", label="note: ")
 
 
-def _show_depth(out: Output, depth: DepthResult) -> None:
-    for line in depth.proved if depth.ok else ():
-        out.summary(text.escape(f"{depth.name}: {line}"))
+def _show_modules(out: Output, found: VerifyReport) -> None:
+    """List the modules that differ, the worst first; all of them under --verbose."""
+    total = sum(len(depth.modules) for depth in found.depths)
+    shown = [item for item in found.worst(total if out.verbose else SHOWN) if out.verbose or item[1].ok is False]
+    if shown:
+        header = ("module", "depth", "kind", "rank", "error", "of bound", "ulps", "cosine", "")
+        out.result(text.table(header, [_cells(*item) for item in shown], right="   rrrrr", width=width()))
+
+
+def _show_checks(out: Output, depth: DepthResult) -> None:
     for check in depth.checks:
         if not check.ok:
             out.result(text.escape(f"{depth.name}: not so: {check.name} ({check.detail})"))
