@@ -106,7 +106,7 @@ def _check_options(options: ConvertOptions) -> None:
     if options.on_overflow != "error" and options.dtype is None:
         raise UsageError("--on-overflow is about casts, and none is asked for", hint="add --dtype, or leave it out")
     if options.mappings is not None and not options.mappings.is_dir():
-        raise UsageError(
+        raise InputError(
             "--mappings is not a directory", where=str(options.mappings), hint="name the tables' directory"
         )
     if options.workers < 0:
