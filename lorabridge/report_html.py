@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MARK = "lorabridge verify report"
 """Stands near the beginning of every report, so that a later one may replace it."""
-WORST = 20
+WORST, NEAREST = 20, 10
 
 Digests = Mapping[str, Sequence[tuple[str, str]]]
 """For the role of each input (SRC, DST, BASE) its files and their SHA-256."""
@@ -214,7 +214,7 @@ def worst(report: VerifyReport) -> list[tuple[str, ModuleRow]]:
     failed = sum(len(depth.failed) for depth in report.depths)
     if not report.ok:
         return list(report.worst(min(failed, WORST)))
-    return [item for item in report.worst(WORST) if item[1].ok is not None]
+    return [item for item in report.worst(NEAREST) if item[1].ok is not None]
 
 
 def _worst(report: VerifyReport) -> str:
