@@ -29,7 +29,11 @@ from .tensors import Source
 from .undo import Checksum, Mode, Recorder, UndoFile, block_rows
 
 KERNEL = "unmerge"
-"""A node that is not cut any further; both kernels do the same."""
+"""A node that is not cut any further, and otherwise the same as one of a merge."""
+RESTORE = "restore"
+"""A node inside that of a merge: all its updates are taken away."""
+KEPT = "kept"
+"""A block that the undo file holds itself."""
 READY = 4
 
 
@@ -136,34 +140,23 @@ def fingerprint(node: Compute, source: Source) -> str:
 class Recording:
     """Note what a merge loses: called with each block, as ``lorabridge.merger.Merger`` calls ``seen``.
 
-    ``nodes``: the merged weights by their names in the base; ``source``: what the nodes read.
+    ``nodes``: the merged weights by their names in the base; others are noted otherwise. ``source``: what they read.
     """
 
     def __init__(self, recorder: Recorder, nodes: Mapping[str, Compute], source: Source) -> None:
         self._recorder = recorder
         self._nodes = nodes
-        self._source = source
-        self._prepared = Prepared()
         for name, node in nodes.items():
             mode: Mode = "delta" if additive(recipe_of(node)[0]) else "near"
             recorder.expect(name, node.dtype, node.shape, mode, delta=fingerprint(node, source))
 
-    def __call__(self, name: str, first: int, weight: Bits, merged: Bits) -> None:
+    def __call__(
+        self, name: str, dtype: DType, shape: tuple[int, int], first: int, before: Bits, after: Bits,
+        delta: Matrix | None,
+    ) -> None:  # fmt: skip
         """Note the rows of one weight from ``first`` on."""
-        node = self._nodes[name]
-        recipe, _ = recipe_of(node)
-        if not additive(recipe):
-            self._recorder.take(name, first, weight, merged, None)
-            return
-        deltas = self._prepared.get(name, lambda: self._made(recipe, node))
-        for start, stop in pieces((weight.shape[0], weight.shape[1])):
-            delta = summed(deltas, first + start, first + stop)
-            self._recorder.take(name, first + start, weight[start:stop], merged[start:stop], delta)
-
-    def _made(self, recipe: Recipe, node: Compute) -> tuple[Delta, ...]:
-        kernels = numeric_kernels(recipe.name, Notes(), {})
-        operands = [values(evaluate(arg, self._source.read, kernels), arg.dtype) for arg in node.args[1:]]
-        return deltas_of(recipe, node.shape[1], operands)
+        if name in self._nodes:
+            self._recorder.take(name, first, before, after, delta)
 
 
 def in_blocks(node: Compute) -> Expr:
@@ -208,11 +201,24 @@ class Unmerger:
 
     def kernels(self) -> Mapping[str, Kernel]:
         """Return the kernels as :func:`lorabridge.axes.evaluate` takes them."""
-        return {recipes.KERNEL: self._run, KERNEL: self._run}
+        return {recipes.KERNEL: self._run, KERNEL: self._run, RESTORE: self._base, KEPT: self._kept}
+
+    def _kept(self, node: Compute, args: list[Bits]) -> Bits:
+        params = dict(node.params)
+        name, number = str(params["name"]), int(params["number"])
+        if self._undo is None:
+            raise ValueError(f"{name}: only an undo file holds it")
+        base = self._undo.restore(name, number, None, None)
+        self._seen(name).add(number, base, None)
+        return base
+
+    def _seen(self, name: str) -> Checksum:
+        with self._lock:
+            return self._sums.setdefault(name, Checksum())
 
     def _run(self, node: Compute, args: list[Bits]) -> Bits:
         name = recipe_of(node)[0].name
-        old, new = split(node, args, self._away[name])
+        old, new = split(node, args, self._away.get(name, 0))
         known = self._undo is not None and name in self._undo.tensors
         base = self._base(*old) if known or old[0].args[1:] else args[0]
         if not new[0].args[1:]:
@@ -234,9 +240,7 @@ class Unmerger:
         base = self._undo.restore(
             recipe.name, number, merged, lambda start, stop: summed(deltas, first + start, first + stop)
         )
-        with self._lock:
-            seen = self._sums.setdefault(recipe.name, Checksum())
-        seen.add(number, base, merged)
+        self._seen(recipe.name).add(number, base, merged)
         return base
 
     def _made(self, recipe: Recipe, node: Compute, args: list[Bits]) -> tuple[Delta, ...]:
@@ -261,7 +265,7 @@ class Unmerger:
 
 def _last_place(bits: Bits, dtype: DType) -> Matrix:
     """Return one unit in the last place of some numbers: the rounding's error, and that of the inverse, are within."""
-    following: Bits = np.add(bits, 1, dtype=bits.dtype)  # type: ignore[arg-type]  # bits are unsigned integers
+    following: Bits = np.add(bits, 1, dtype=bits.dtype)
     out: Matrix = np.abs(values(following, dtype) - values(bits, dtype))
     finite: Matrix = out[np.isfinite(out)]
     return finite

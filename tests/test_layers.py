@@ -13,7 +13,7 @@ LAYERS = {
     0: {"", "errors", "dtypes", "mappings"},
     1: {"names", "sizes", "axes", "tensors", "fsio", "staging", "syscalls"},
     2: {"rules", "proofs", "families", "tables", "formats", "dialects", "layouts", "terms", "floats", "numerics", "blend", "lowrank", "deltas", "addition", "recipe", "svd", "spool", "joined", "mapping", "manifest", "entropy", "residue"},
-    3: {"undo", "unmerger", "plan", "blocks", "tasks", "execute", "selection", "forward", "wayback", "merging", "merger", "landing", "ties", "worksheet", "repetition", "repository"},
+    3: {"undo", "unmerger", "unmerging", "plan", "blocks", "tasks", "execute", "selection", "forward", "wayback", "merging", "merger", "landing", "ties", "worksheet", "repetition", "repository"},
     4: {"actions", "report", "report_html", "report_markdown", "report_png", "report_svg", "layers", "frameworks", "checkpoint"},
     5: {"commands", "__main__"},
 }

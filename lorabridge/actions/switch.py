@@ -1,0 +1,179 @@
+"""Put another adapter in the place of a merged one, in one pass over the model."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from .. import __version__
+from ..merger import Merger, Seen
+from ..merging import Merged
+from ..merging import merge as merge_headers
+from ..unmerger import Unmerger
+from ..unmerging import Restored, onto, stand_in, traces_onto
+from . import merge_inputs, restoring
+from .merge import _check_finite
+from .merge_inputs import MERGED_KEY, MergeOptions, Opened
+from .merge_report import MergedRow, overall
+from .restoring import GuessRow, Progress, Way
+from .undo import UndoSummary, UndoWriter
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchReport:
+    """One switch, done or (``dry_run``) planned.
+
+    ``exact``: the weights went through the exact base, so the result is what merging the new adapter into the base
+    gives, bit for bit. Otherwise ``guesses`` say what may be wrong about the base in between, and ``wrong`` is the
+    share of the elements of these parameters that is expected to be. ``rows``: what the new adapter did to each.
+    """
+
+    merged: str
+    old: tuple[str, ...]
+    new: tuple[str, ...]
+    undo: str
+    target: str
+    target_format: str
+    target_dialect: str
+    exact: bool
+    restored: tuple[str, ...]
+    tensors: int
+    nbytes: int
+    seconds: float
+    rows: tuple[MergedRow, ...]
+    vanished: float
+    guesses: tuple[GuessRow, ...]
+    wrong: float
+    undo_out: UndoSummary | None
+    left_out: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    digest: str
+    dry_run: bool
+
+    def as_json(self) -> dict[str, object]:
+        """Return the JSON document of ``lorabridge switch --json``."""
+        return {"schema": "lorabridge/switch/1", **asdict(self)}
+
+    def summary(self) -> str:
+        """Return one line: what went where, and how good it is."""
+        from ..report import count
+
+        done = "would switch" if self.dry_run else "switched"
+        how = "through the exact base" if self.exact else "through the best inverse, not the exact base"
+        return (
+            f"{done} {count(len(self.rows) or len(self.restored), 'parameter')} {how}, of "
+            f"{count(self.tensors, 'tensor')} ({self.target_dialect} {self.target_format}) at {self.target}"
+        )
+
+    def _repr_html_(self) -> str:
+        from ..report import table_html
+
+        rows = ((r.parameter, f"{r.relative:.2e}", f"{r.changed:.1%}", f"{r.vanished:.1%}") for r in self.rows)
+        return table_html(self.summary(), ("parameter", "delta / weight", "changed", "vanished"), rows)
+
+
+def switch(
+    merged: Path | str, old: Sequence[Path | str], new: Sequence[Path | str], target: Path | str,
+    options: MergeOptions | None = None, *, undo: Path | str | None = None, undo_out: Path | str | None = None,
+    progress: Progress | None = None,
+) -> SwitchReport:  # fmt: skip
+    """Replace the adapters ``old`` in ``merged`` by ``new``, write the model to ``target`` and return what was done.
+
+    With ``undo``, the file that the merge wrote, each weight goes through the exact base; ``undo_out`` then gets the
+    undo file of the new adapters. ``options.weights`` are those of the new adapters. All or nothing. Raises the errors
+    of :func:`lorabridge.actions.unmerge.unmerge` and of :func:`lorabridge.actions.merge.merge`.
+    """
+    started = time.perf_counter()
+    options = options or MergeOptions()
+    kept = restoring.open_undo(None if undo is None else Path(undo))
+    told = restoring.recorded(replace(options, weights=()), kept, len(old))
+    paths = [Path(path) for path in (*old, *new)]
+    with merge_inputs.opened(Path(merged), paths, replace(told, weights=())) as given:
+        way = restoring.way_back(_part(given, 0, len(old)), told, kept)
+        there = _part(replace(way.given, adapters=given.adapters, labels=given.labels), len(old), len(paths))
+        landed = _landed(way, there, options)
+        result = onto(way.restored, landed)
+        writing = restoring.planned(
+            way.given, result.model, landed.config, target, options,
+            metadata={MERGED_KEY: _record(there, options, exact=kept is not None)}, merged=True, seed=f"switch {undo}",
+        )  # fmt: skip
+        writer = None if undo_out is None else UndoWriter(undo_out, options)
+        merger, unmerger = _run(writing, way, landed, there, result, options, writer, progress)
+        total, rows = overall(merger.changes), restoring.guesses(unmerger)
+        return SwitchReport(
+            merged=str(given.base.path),
+            old=tuple(str(one.path) for one in given.adapters[: len(old)]),
+            new=tuple(str(one.path) for one in there.adapters),
+            undo="" if undo is None else str(undo),
+            target=str(writing.output.target),
+            target_format=writing.output.format,
+            target_dialect=writing.goal.name,
+            exact=kept is not None,
+            restored=tuple(kept.tensors) if kept is not None else tuple(way.restored.nodes),
+            tensors=len(writing.plan.specs),
+            nbytes=writing.plan.nbytes,
+            seconds=time.perf_counter() - started,
+            rows=tuple(MergedRow.of(name, change) for name, change in merger.changes.items()),
+            vanished=total.vanished / max(1, total.reached),
+            guesses=rows,
+            wrong=restoring.expected_wrong(rows),
+            undo_out=None if writer is None else writer.summary,
+            left_out=tuple(writing.plan.unused),
+            notes=(*landed.notes, *writing.notes),
+            warnings=(*landed.warnings, *(() if kept is not None else (INEXACT,))),
+            digest=writing.plan.digest,
+            dry_run=options.dry_run,
+        )
+
+
+INEXACT = (
+    "without an undo file the result is near to merging the new adapter into the base, and not the same: "
+    "what rounding lost when the old one was merged stays lost"
+)
+
+
+def _part(given: Opened, start: int, stop: int) -> Opened:
+    return replace(given, adapters=given.adapters[start:stop], labels=given.labels[start:stop])
+
+
+def _landed(way: Way, there: Opened, options: MergeOptions) -> Merged:
+    """Plan the merge of the new adapters into the restored base."""
+    base = stand_in(way.restored.model)
+    return merge_headers(
+        base, merge_inputs.additions(there, base, options), config=way.config, exact=options.exact,
+        residual_base=options.residual_base,
+    )  # fmt: skip
+
+
+def _record(there: Opened, options: MergeOptions, *, exact: bool) -> str:
+    weights = options.weights or (1.0,) * len(there.adapters)
+    rows = [{"adapter": one.path.name, "weight": w} for one, w in zip(there.adapters, weights, strict=True)]
+    return json.dumps({"version": __version__, "adapters": rows, "through_exact_base": exact}, sort_keys=True)
+
+
+def _run(
+    writing: restoring.Writing, way: Way, landed: Merged, there: Opened, result: Restored, options: MergeOptions,
+    writer: UndoWriter | None, progress: Progress | None,
+) -> tuple[Merger, Unmerger]:  # fmt: skip
+    seen: Seen | None = None
+    finish: Callable[[], None] | None = None
+    if writer is not None and not options.dry_run:
+        restorer = Unmerger({}, way.undo)
+        kernels = {**restorer.kernels(), **Merger().kernels()}
+        seen, finish = writer.start(way.restored.model, traces_onto(way.restored, landed), there, way.config, kernels)
+    merger = Merger(seen)
+    unmerger = Unmerger(result.away, way.undo, merger.kernels()["merge"])
+
+    def before_commit() -> None:
+        unmerger.check()
+        _check_finite(merger)
+        if finish is not None:
+            finish()
+
+    if not options.dry_run:
+        restoring.run(writing, options, unmerger.kernels(), before_commit, progress)
+    return merger, unmerger
