@@ -12,6 +12,7 @@ COMMANDS = {
     "resize": "lorabridge.commands.resize:resize",
     "extract": "lorabridge.commands.extract:extract",
     "combine": "lorabridge.commands.combine:combine",
+    "diff": "lorabridge.commands.diff:diff",
     "tables": "lorabridge.commands.tables:tables",
     "clean": "lorabridge.commands.clean:clean",
     "env": "lorabridge.commands.env:env",
