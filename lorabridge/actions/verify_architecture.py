@@ -26,6 +26,9 @@ TASKS = {
 }
 """peft's task types, and the class whose head an adapter of that task is trained with."""
 
+CLASSES = (*dict.fromkeys(TASKS.values()), "BertForMaskedLM")
+"""The classes that have a reference network in MindSpore."""
+
 HEADS = ("classifier.weight", "qa_outputs.weight")
 LONGEST = 48
 """Tokens of the longest sequence that is tried."""
@@ -76,6 +79,8 @@ def architecture(config: Json, adapters: Sequence[Adapter]) -> Architecture:
     named = config.get("architectures")
     if not isinstance(named, list) or len(named) != 1:
         raise MappingError("the config.json names no class", where=f"architectures: {named!r}")
+    if named[0] not in CLASSES:
+        raise MappingError(f"there is no reference network for the class {str(named[0])[:80]!r}")
     return Architecture(str(named[0]), labels, layout)
 
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from .. import frameworks, tables
-from ..axes import Read, evaluate
+from ..axes import Expr, Read, evaluate
 from ..dialects.adapter import Adapter, Extra, Facts
 from ..dialects.loralib_ms import LoralibMs
-from ..dtypes import BY_NAME
+from ..dtypes import BY_NAME, DType
 from ..errors import MappingError, UsageError
-from ..floats import Bits, Numbers
+from ..floats import Bits, Numbers, rounded
 from ..numerics import Notes, kernels
 from ..repository import ADAPTER_CONFIG
 from . import verify_outputs as outputs
@@ -133,9 +133,14 @@ def _sites(
 
 
 def _which(setup: Setup) -> str:
+    coarse = ""
+    if setup.rounded is not None:
+        half, dtype = setup.rounded
+        role = (half.holder or half.weights).role
+        coarse = f"; the numbers of {role} are rounded to {dtype.name} first, as the other's are"
     return (
         f"{setup.architecture.name} of transformers and the reference network in MindSpore, both in float32; the bound "
-        "is measured: what torch's float32 result is away from its float64 result"
+        f"is measured: what torch's float32 result is away from its float64 result{coarse}"
     )
 
 
@@ -167,8 +172,11 @@ def _torch_base(setup: Setup) -> TorchNetwork:
     path = opened.given.path
     if opened.dialect.framework == "torch" and (path.is_dir() or path.name.endswith(".index.json")):
         network = verify_torch.load(setup.config, name, path)
+        dtype = setup.rounding(setup.torch)
+        if dtype is not None and setup.torch.adapter is None:
+            verify_torch.round_values(network, dtype.name)
     else:
-        network = verify_torch.load(setup.config, name, _named_values(setup, opened, "hf"))
+        network = verify_torch.load(setup.config, name, _named_values(setup, setup.torch, "hf"))
     beside = {extra.name for extra in setup.torch.adapter.extras} if setup.torch.adapter else set()
     lost = [name for name in network.missing if name not in beside]
     if lost:
@@ -179,17 +187,18 @@ def _torch_base(setup: Setup) -> TorchNetwork:
     return network
 
 
-def _named_values(setup: Setup, opened: Opened, side: str) -> dict[str, Array]:
+def _named_values(setup: Setup, half: Half, side: Literal["hf", "ms"]) -> dict[str, Array]:
     """Return a whole model's float parameters by the names of one side."""
-    adapter = opened.adapter
+    opened, adapter = half.weights, half.weights.adapter
+    dtype = setup.rounding(half) if half.adapter is None else None
     framework = "torch" if side == "hf" else "mindspore"
     if opened.dialect.framework != framework:
         adapter = tables.map_adapter(
-            setup.table, adapter, to=side, layout=setup.layout,  # type: ignore[arg-type]
+            setup.table, adapter, to=side, layout=setup.layout,
             sizes=tables.sizes_from_config(setup.table, setup.config),
         )  # fmt: skip
     return {
-        extra.name: numbers_of(extra.value, opened.source).astype(np.float32)
+        extra.name: _numbers(extra.value, opened, dtype)
         for extra in adapter.extras
         if extra.value.dtype.kind == "float"
     }
@@ -204,20 +213,39 @@ def _attach(setup: Setup, network: TorchNetwork) -> list[Check]:
         _add(setup, network)
         return []
     with tempfile.TemporaryDirectory() as name:
-        missing = verify_torch.attach_peft(network, _peft_folder(half.holder, Path(name)))
+        folder = _peft_folder(half.holder, Path(name), setup.rounding(half))
+        missing = verify_torch.attach_peft(network, folder)
     return [Check("peft finds every parameter of its adapter", not missing, "; ".join(missing)[:500])]
 
 
-def _peft_folder(holder: Opened, scratch: Path) -> Path:
-    """Return the adapter's directory as peft reads it; a lone file gets one, with the config that belongs to it."""
+def _peft_folder(holder: Opened, scratch: Path, dtype: DType | None) -> Path:
+    """Return the adapter's directory as peft reads it.
+
+    A lone file gets one with the config that belongs to it, and so do numbers that are to be rounded.
+    """
     path = holder.given.path
-    if path.is_dir():
+    if path.is_dir() and dtype is None:
         return path
     config = {"peft_type": "LORA", **(holder.given.adapter_config or {})}
     (scratch / ADAPTER_CONFIG).write_text(json.dumps(config), "utf-8")
-    suffix = ".safetensors" if holder.source.format == "safetensors" else ".bin"
-    os.symlink(holder.source.path.resolve(), scratch / f"adapter_model{suffix}")
+    if dtype is not None:
+        from safetensors.numpy import save_file
+
+        exprs = {name: Read(name, spec.dtype, spec.shape) for name, spec in holder.source.specs.items()}
+        save_file(
+            {name: _numbers(expr, holder, dtype) for name, expr in exprs.items() if expr.dtype.kind == "float"},
+            scratch / "adapter_model.safetensors",
+        )  # fmt: skip
+    else:
+        suffix = ".safetensors" if holder.source.format == "safetensors" else ".bin"
+        os.symlink(holder.source.path.resolve(), scratch / f"adapter_model{suffix}")
     return scratch
+
+
+def _numbers(expr: Expr, holder: Opened, dtype: DType | None) -> Array:
+    """Return numbers of a file in float32, rounded to a coarser type first where there is one."""
+    exact = numbers_of(expr, holder.source)
+    return (exact if dtype is None else rounded(exact, dtype)).astype(np.float32)
 
 
 def _add(setup: Setup, network: TorchNetwork) -> None:
@@ -225,31 +253,19 @@ def _add(setup: Setup, network: TorchNetwork) -> None:
     half = setup.torch
     if half.adapter is None or half.holder is None or is_peft(half):
         return
-    _refuse_unmergeable(half.adapter)
-    source = half.holder.source
+    holder, dtype = half.holder, setup.rounding(half)
     deltas: dict[str, Array] = {}
     for module in half.adapter.modules:
         total: Numbers | None = None
         for term in module.terms:
-            a, b = numbers_of(term.a, source), numbers_of(term.b, source)
+            a, b = (_numbers(factor, holder, dtype).astype(np.float64) for factor in (term.a, term.b))
             total = np.zeros((module.out, a.shape[1])) if total is None else total
             total[term.start : term.stop] += module.scaling.value * (b @ a)
         if total is not None:
             deltas[module.path] = total
-    verify_torch.set_values(
-        network, {extra.name: numbers_of(extra.value, source) for extra in half.adapter.extras if extra.kind != "base"}
-    )
+    beside = [extra for extra in half.adapter.extras if extra.kind != "base"]
+    verify_torch.set_values(network, {extra.name: _numbers(extra.value, holder, dtype) for extra in beside})
     verify_torch.add_deltas(network, deltas)
-
-
-def _refuse_unmergeable(adapter: Adapter) -> None:
-    odd = [
-        module.path
-        for module in adapter.modules
-        if module.magnitude is not None or module.lora_bias is not None or module.kind not in ("linear", "embedding")
-    ]
-    if odd:
-        raise UsageError("DoRA, lora biases and convolutions run in torch as a peft adapter only", where=odd)
 
 
 def _mindspore(setup: Setup, network: TorchNetwork) -> tuple[Loaded, list[Check]]:
@@ -258,8 +274,8 @@ def _mindspore(setup: Setup, network: TorchNetwork) -> tuple[Loaded, list[Check]
 
     half = setup.mindspore
     native = half.weights.dialect.framework == "mindspore"
-    base = _named_values(setup, half.weights, "ms") if native else _from_torch(setup, network)
-    cells, values, dialect = _spelled(half)
+    base = _named_values(setup, half, "ms") if native else _from_torch(setup, network)
+    cells, values, dialect = _spelled(setup, half)
     loaded = running.load(setup.ms_config, setup.architecture.name, base, cells, values, dialect=dialect)
     role = (half.holder or half.weights).role
     return loaded, [
@@ -290,7 +306,7 @@ def _from_torch(setup: Setup, network: TorchNetwork) -> dict[str, Array]:
     }
 
 
-def _spelled(half: Half) -> tuple[list[AdaptedCell], dict[str, Array], Literal["loralib-ms", "mindpet"]]:
+def _spelled(setup: Setup, half: Half) -> tuple[list[AdaptedCell], dict[str, Array], Literal["loralib-ms", "mindpet"]]:
     """Return an adapter's cells, its tensors by the names of its MindSpore dialect, and that dialect."""
     from ..layers.running import AdaptedCell
 
@@ -312,6 +328,6 @@ def _spelled(half: Half) -> tuple[list[AdaptedCell], dict[str, Array], Literal["
             )
         )  # fmt: skip
     values: dict[str, Array] = {
-        name: numbers_of(expr, half.holder.source).astype(np.float32) for name, expr in written.tensors
+        name: _numbers(expr, half.holder, setup.rounding(half)) for name, expr in written.tensors
     }
     return cells, values, "mindpet" if dialect.name == "mindpet" else "loralib-ms"

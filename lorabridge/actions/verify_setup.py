@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from .. import frameworks, tables
 from ..dialects.adapter import Adapter, Json
+from ..dtypes import DType
 from ..errors import LorabridgeError, MappingError, UsageError
+from .bounds import roundoff
 from .verify_architecture import Architecture, architecture
 from .verify_case import Case
 from .verify_inputs import Opened
@@ -26,7 +28,11 @@ class Half:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Everything decided before a framework is imported."""
+    """Everything decided before a framework is imported.
+
+    ``rounded``: (the half whose numbers are rounded first, to what type), where the other half's file holds them in a
+    coarser type.
+    """
 
     torch: Half
     mindspore: Half
@@ -35,6 +41,11 @@ class Setup:
     config: Json
     ms_config: Json
     architecture: Architecture
+    rounded: tuple[Half, DType] | None = None
+
+    def rounding(self, half: Half) -> DType | None:
+        """Return the type to which a half's own numbers are rounded; None where they stay as they are."""
+        return self.rounded[1] if self.rounded is not None and self.rounded[0] is half else None
 
 
 def refusal(case: Case) -> str:
@@ -67,11 +78,18 @@ def prepare(case: Case) -> Setup:
     sizes = tables.sizes_from_config(table, config)
     torch = _carried(torch, table, "torch", sizes, layout)
     mindspore = _carried(mindspore, table, "mindspore", sizes, layout)
-    return Setup(torch, mindspore, table, layout, chosen.adjusted(config), chosen.adjusted(own or config), chosen)
+    if torch.adapter is not None and not is_peft(torch):
+        _check_mergeable(torch.adapter)
+    return Setup(
+        torch, mindspore, table, layout, chosen.adjusted(config), chosen.adjusted(own or config), chosen,
+        _rounded(torch, mindspore),
+    )  # fmt: skip
 
 
 def _halves(case: Case) -> tuple[Half, Half]:
     first, second, base = case.first, case.second, case.base
+    if case.kept is not None and any(name.startswith("compress.") for name in case.kept.options):
+        raise UsageError(f"{second.role} was compressed on purpose and computes something else")
     if case.relation == "merge":
         if base is None:
             raise UsageError("needs the model itself: --base BASE")
@@ -109,6 +127,35 @@ def _carried(
         table, half.adapter, to="hf" if framework == "torch" else "ms", sizes=sizes, layout=layout
     )  # fmt: skip
     return replace(half, adapter=to)
+
+
+def _check_mergeable(adapter: Adapter) -> None:
+    odd = [
+        module.path
+        for module in adapter.modules
+        if module.magnitude is not None or module.lora_bias is not None or module.kind not in ("linear", "embedding")
+    ]
+    if odd:
+        raise UsageError("DoRA, lora biases and convolutions run in torch as a peft adapter only", where=odd)
+
+
+def _rounded(torch: Half, mindspore: Half) -> tuple[Half, DType] | None:
+    """Find the half that holds finer numbers than the other; None where types agree or are mixed."""
+    if (torch.adapter is None) != (mindspore.adapter is None):
+        return None  # a merged checkpoint is rounded as a whole
+    types = [{dtype for dtype in _types(half) if dtype.kind == "float"} for half in (torch, mindspore)]
+    if len(types[0]) != 1 or len(types[1]) != 1 or types[0] == types[1]:
+        return None
+    one, other = types[0].pop(), types[1].pop()
+    return (torch, other) if roundoff(other) > roundoff(one) else (mindspore, one)
+
+
+def _types(half: Half) -> Iterator[DType]:
+    held = half.adapter if half.adapter is not None else half.weights.adapter
+    for module in held.modules:
+        for term in module.terms:
+            yield from (term.a.dtype, term.b.dtype)
+    yield from (extra.value.dtype for extra in held.extras)
 
 
 def is_peft(half: Half) -> bool:

@@ -27,6 +27,8 @@ class Tensor(Protocol):
     def clone(self) -> Tensor: ...  # noqa: D102
     def double(self) -> Tensor: ...  # noqa: D102
     def numpy(self) -> Array: ...  # noqa: D102
+    def is_floating_point(self) -> bool: ...  # noqa: D102
+    def to(self, dtype: object) -> Tensor: ...  # noqa: D102
     def copy_(self, other: Tensor) -> Tensor: ...  # noqa: D102
     def __add__(self, other: Tensor) -> Tensor: ...
 
@@ -161,6 +163,15 @@ def set_values(network: TorchNetwork, values: Mapping[str, Array]) -> None:
                 continue
             parameter.copy_(torch.from_numpy(np.array(value, np.float64)))
     _refuse(lost)
+
+
+def round_values(network: TorchNetwork, dtype: str) -> None:
+    """Round every float parameter to one of torch's types; they stay float32."""
+    torch = frameworks.load("torch")
+    with torch.no_grad():
+        for tensor in network.module.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(getattr(torch, dtype)))
 
 
 def widen(network: TorchNetwork) -> None:

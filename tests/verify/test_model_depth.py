@@ -122,3 +122,32 @@ def test_tokens_depend_on_the_seed_alone_and_stay_in_the_vocabulary() -> None:
     assert mask[1, -1] == 0
     assert mask[2, 0] == 0
     assert np.array_equal(mask[3], [1, 1, *[0] * 7])
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_conversion_that_rounds_is_compared_with_rounded_numbers(dtype: str, work: Path, tmp_path: Path) -> None:
+    folder = saved("bert", work)
+    target = converted(SMALL["bert"], folder, f"{dtype}.ckpt", dtype=dtype)
+    report = run(folder / "adapter", target, folder / "base")
+    assert report.ok
+    assert "numbers of SRC are rounded to" in depth(report).proved[0]
+    model = tmp_path / "model.ckpt"
+    convert(folder / "base", model, ConvertOptions(family="bert", dtype=dtype))
+    assert run(folder / "base", model).ok
+
+
+def test_a_loralib_state_is_merged_and_two_peft_adapters_run_one_on_each_side(work: Path, tmp_path: Path) -> None:
+    folder = saved("llama", work)
+    loralib = tmp_path / "lora.pt"
+    convert(folder / "adapter", loralib, ConvertOptions(target_dialect="loralib"))
+    assert run(loralib, folder / "out.ckpt", folder / "base").ok
+    twin = tmp_path / "twin"
+    shutil.copytree(folder / "adapter", twin)
+    assert run(folder / "adapter", twin, folder / "base").ok
+
+
+def test_classes_that_no_reference_network_has_are_refused_before_anything_is_loaded(work: Path) -> None:
+    folder = saved("gpt2", work)
+    odd = with_config(folder / "base", architectures=["Trainer"])
+    convert(folder / "base", folder / "whole.ckpt", ConvertOptions(family="gpt2"))
+    assert "the class 'Trainer'" in refused(odd, folder / "whole.ckpt", None)
