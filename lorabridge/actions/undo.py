@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .. import numerics
@@ -36,6 +36,10 @@ class UndoSummary:
     added: int
     whole: tuple[str, ...]
     raw: tuple[str, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """Return the object "undo" of the JSON documents of merge and switch."""
+        return asdict(self)
 
     def sentence(self) -> str:
         """Return one line for a report."""

@@ -95,7 +95,7 @@ class Group(click.Group):
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Return `` Did you mean ...?`` with the nearest known words, or all of them where none is near."""
-    near = difflib.get_close_matches(word, known) or list(known)[:12]
+    near = difflib.get_close_matches(word, known) or list(known)[:24]
     return f" Did you mean {', '.join(near)}?" if near else ""
 
 

@@ -45,6 +45,7 @@ class Given(TypedDict):
     exact: bool
     residual_base: bool
     onto_merged: bool
+    undo: Path | None
     max_shard_size: int | None
     crc: bool
     workers: int
@@ -67,12 +68,12 @@ class Given(TypedDict):
             "From and to": ("adapter_dialect", "target_dialect", "family", "config", "layout", "mappings"),
             "What the adapter does not say": tuple(FACTS),
             "Numbers": ("weights", "exact", "residual_base", "onto_merged"),
-            "Writing": ("max_shard_size", "crc", "workers", "dry_run", "overwrite"),
+            "Writing": ("undo", "max_shard_size", "crc", "workers", "dry_run", "overwrite"),
             "Output": ("json", "quiet", "verbose", "no_progress"),
         },
         examples=(
-            "lorabridge merge llama/ adapter/ merged/",
             "lorabridge merge llama/ style/ facts/ merged/ --weights 0.7,1",
+            "lorabridge merge llama/ adapter/ merged/ --undo merged.undo",
             "lorabridge merge gpt2/ lora.ckpt merged/ --family gpt2",
             "lorabridge merge gpt2/ adapter/ merged.ckpt --family gpt2",
         ),
@@ -99,6 +100,8 @@ class Given(TypedDict):
 @click.option("--residual-base", is_flag=True,
               help="BASE is the one that PiSSA, OLoRA, LoftQ ... left when training began.")  # fmt: skip
 @click.option("--onto-merged", is_flag=True, help="Merge another adapter into a model that was merged before.")
+@click.option("--undo", metavar="FILE", type=click.Path(path_type=Path),
+              help="Write what rounding loses, so that `lorabridge unmerge` gives BASE's bits back.")  # fmt: skip
 @click.option("--max-shard-size", metavar="SIZE", type=Size(), help="Split OUT: 5GB ...; by default as BASE is split.")
 @click.option("--crc", is_flag=True, help="Write MindSpore's CRC trailer into a .ckpt.")
 @click.option("--workers", metavar="N", type=click.IntRange(min=0, max=256), default=0, envvar="LORABRIDGE_WORKERS",
@@ -114,19 +117,24 @@ def merge(base: Path, adapters: tuple[Path, ...], target: str, **given: Unpack[G
     statement about modules is VALUE for all of them or PATTERN=VALUE for those whose path matches the glob PATTERN.
     """
     out = Output("merge", given["json"], given["quiet"], given["verbose"])
+    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # read when numpy loads; the work is shared already
+        os.environ.setdefault(variable, "1")
     if given["family"] is not None:
         known_family(given["family"], given["mappings"], hint="--family")
     options = _options(given)
-    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # lorabridge's own threads share the work already
-        os.environ.setdefault(variable, "1")
     from ..actions.merge import merge as run
+    from ..actions.undo import UndoWriter
 
+    undo = None if given["undo"] is None else UndoWriter(given["undo"], options)
     with Progress("merging", enabled=not (given["no_progress"] or given["quiet"])) as progress:
-        done = run(base, adapters, target, options, progress=progress)
+        done = run(base, adapters, target, options, progress=progress, watch=undo)
+    kept = None if undo is None else undo.summary
     if out.json:
-        out.document(done.as_json())
+        out.document({**done.as_json(), "undo": None if kept is None else kept.as_json()})
         return
     _show(out, done)
+    if kept is not None:
+        out.result(text.escape(kept.sentence()))
 
 
 def _options(given: Given) -> MergeOptions:

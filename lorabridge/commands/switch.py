@@ -1,0 +1,107 @@
+"""The command ``lorabridge switch``."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+import click
+
+from .. import report as text
+from ._group import Command, Manual, documented
+from ._options import fact_options, mappings_option, output_options, progress_option, target_options
+from ._progress import Progress
+from ._terminal import Output, width
+from ._values import FACTS
+from .unmerge import NAMES, WRITING, Given, names_options, options_of, show_guesses, writing_options
+
+if TYPE_CHECKING:
+    from ..actions.switch import SwitchReport
+
+
+@documented(
+    Manual(
+        arguments={
+            "MERGED": "The merged model, as the merge wrote it or converted.",
+            "OUT": "A file, whose suffix decides the container (.safetensors, .bin/.pt, .ckpt), or a directory.",
+        },
+        groups={
+            "Adapters": ("old", "new", "undo", "undo_out", "weights", "exact", "residual_base"),
+            "Names": NAMES,
+            "What the adapters do not say": tuple(FACTS),
+            "Writing": WRITING,
+            "Output": ("json", "quiet", "verbose", "no_progress"),
+        },
+        examples=(
+            "lorabridge switch merged/ --from a/ --to b/ out/ --undo a.u --undo-out b.u",
+            "lorabridge switch merged/ --from a/ --to b/ out/ --undo a.u",
+            "lorabridge switch merged/ --from a/ --to b/ out/",
+        ),
+    )
+)
+@click.command("switch", cls=Command)
+@click.argument("merged_model", metavar="MERGED", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT")
+@click.option("--from", "old", metavar="A", multiple=True, required=True, type=click.Path(path_type=Path),
+              help="The adapter that was merged; several in their order.")  # fmt: skip
+@click.option("--to", "new", metavar="B", multiple=True, required=True, type=click.Path(path_type=Path),
+              help="The adapter to merge in its place; may be repeated.")  # fmt: skip
+@click.option("--undo", metavar="FILE", type=click.Path(path_type=Path),
+              help="What `merge --undo FILE` wrote for A; without it the result is only near.")  # fmt: skip
+@click.option("--undo-out", metavar="FILE", type=click.Path(path_type=Path),
+              help="Write the undo file of B.")  # fmt: skip
+@click.option("--weights", metavar="W,W...", help="Multiply each B's deltas by a number.")
+@click.option("--exact", is_flag=True, help="Compute deltas to 48 bits for bfloat16 too; other types get them anyway.")
+@click.option("--residual-base", is_flag=True,
+              help="The base is the one that PiSSA, OLoRA, LoftQ ... left when B's training began.")  # fmt: skip
+@names_options("--dialect", "--names")
+@mappings_option
+@fact_options
+@writing_options
+@target_options
+@output_options
+@progress_option
+def switch(
+    merged_model: Path, target: str, old: tuple[Path, ...], new: tuple[Path, ...], undo: Path | None,
+    undo_out: Path | None, weights: str | None, exact: bool, residual_base: bool, **given: Unpack[Given],
+) -> None:  # fmt: skip
+    """Put adapter B in the place of the merged adapter A, in one pass.
+
+    With the undo file of A every weight goes through the exact base: the result is what merging B into the base gives,
+    bit for bit. Without it the result is only near to that, and is never called exact.
+    """
+    out = Output("switch", given["json"], given["quiet"], given["verbose"])
+    if undo_out is not None and undo is None:
+        raise click.UsageError("--undo-out needs --undo: without the exact base there is nothing to come back to")
+    options = replace(options_of(given, weights, exact=exact), residual_base=residual_base)
+    from ..actions.switch import switch as run
+
+    with Progress("switching", enabled=not (given["no_progress"] or given["quiet"])) as progress:
+        done = run(merged_model, old, new, target, options, undo=undo, undo_out=undo_out, progress=progress)
+    if out.json:
+        out.document(done.as_json())
+        return
+    _show(out, done)
+
+
+def _show(out: Output, done: SwitchReport) -> None:
+    line = f"{text.escape(done.summary())} ({text.size(done.nbytes)})"
+    out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
+    if done.undo_out is not None:
+        out.result(text.escape(done.undo_out.sentence()))
+    if out.verbose:
+        if done.rows:
+            header = ("parameter", "delta/weight", "changed", "vanished", "error")
+            rows = [(r.parameter, f"{r.relative:.1e}", f"{r.changed:.1%}", f"{r.vanished:.1%}", f"{r.error:.1e}")
+                    for r in done.rows]  # fmt: skip
+            out.result(text.table(header, rows, right=" rrrr", width=width()))
+        show_guesses(out, done.guesses)
+        for name, why in done.left_out:
+            out.result(text.escape(f"left out: {name} ({why})"))
+    out.warn(done.warnings)
+    for note in done.notes:
+        out.hint(note, label="note: ")
+    if not done.dry_run:
+        out.hint(f"lorabridge inspect {shlex.quote(done.target)}", label="next: ")

@@ -1,0 +1,183 @@
+"""The command ``lorabridge unmerge``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, TypeVar, Unpack
+
+import click
+
+from .. import report as text
+from ._group import Command, Manual, documented
+from ._options import fact_options, mappings_option, output_options, progress_option, target_options
+from ._progress import Progress
+from ._terminal import Output, width
+from ._values import FACTS, Name, Size, dialects, facts, known_family, pairs
+
+if TYPE_CHECKING:
+    from ..actions.merge_inputs import MergeOptions
+    from ..actions.restoring import GuessRow
+    from ..actions.unmerge import UnmergeReport
+
+F = TypeVar("F", bound=Callable[..., object])
+
+NAMES = ("adapter_dialect", "target_dialect", "family", "config", "layout", "mappings")
+WRITING = ("max_shard_size", "crc", "workers", "dry_run", "overwrite")
+
+
+class Given(TypedDict):
+    """The options as click hands them over."""
+
+    adapter_dialect: str | None
+    target_dialect: str | None
+    family: str | None
+    config: Path | None
+    layout: tuple[str, ...]
+    mappings: Path | None
+    alpha: tuple[str, ...]
+    rank: tuple[str, ...]
+    use_rslora: tuple[str, ...]
+    fan_in_fan_out: tuple[str, ...]
+    enable_lora: tuple[str, ...]
+    kernel_size: tuple[str, ...]
+    groups: tuple[str, ...]
+    out_features: tuple[str, ...]
+    conv_form: tuple[str, ...]
+    kind: tuple[str, ...]
+    merged: tuple[str, ...]
+    max_shard_size: int | None
+    crc: bool
+    workers: int
+    dry_run: bool
+    overwrite: bool
+    json: bool
+    quiet: bool
+    verbose: bool
+    no_progress: bool
+
+
+def names_options(dialect: str, side: str) -> Callable[[F], F]:
+    """Add what says how adapters and models are named, as ``lorabridge merge`` has it; two get these names."""
+
+    def add(command: F) -> F:
+        for option in reversed((
+            click.option(dialect, "adapter_dialect", type=Name("dialect", dialects), metavar="DIALECT",
+                         help="Dialect of the adapters, where detection is wrong or cannot decide."),
+            click.option(side, "target_dialect", type=click.Choice(["hf", "ms"]),
+                         help="Names of OUT; by default the base's, or what OUT's container calls for."),
+            click.option("--family", metavar="NAME",
+                         help="Table of module names, where the files are not all of one framework."),
+            click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
+                         help="The model's config.json or an adapter_config.json, where it is not beside its file."),
+            click.option("--layout", metavar="KEY=VALUE", multiple=True,
+                         help="A choice that a table asks for, such as qkv_concat=grouped. May be repeated."),
+        )):  # fmt: skip
+            command = option(command)
+        return command
+
+    return add
+
+
+def writing_options(command: F) -> F:
+    """Add how the model is written."""
+    command = click.option("--crc", is_flag=True, help="Write MindSpore's CRC trailer into a .ckpt.")(command)
+    size = "Split OUT: 5GB ...; by default as MERGED is split."
+    return click.option("--max-shard-size", metavar="SIZE", type=Size(), help=size)(command)
+
+
+@documented(
+    Manual(
+        arguments={
+            "MERGED": "The merged model, as the merge wrote it or converted.",
+            "OUT": "A file, whose suffix decides the container (.safetensors, .bin/.pt, .ckpt), or a directory.",
+        },
+        groups={
+            "What was merged": ("adapters", "undo", "weights", "exact"),
+            "From and to": NAMES,
+            "What the adapter does not say": tuple(FACTS),
+            "Writing": WRITING,
+            "Output": ("json", "quiet", "verbose", "no_progress"),
+        },
+        examples=(
+            "lorabridge unmerge merged/ base/ --adapter adapter/ --undo merged.undo",
+            "lorabridge unmerge merged/ near_base/ --adapter adapter/",
+        ),
+    )
+)
+@click.command("unmerge", cls=Command)
+@click.argument("merged_model", metavar="MERGED", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT")
+@click.option("--adapter", "adapters", metavar="A", multiple=True, required=True, type=click.Path(path_type=Path),
+              help="The adapter that was merged; several in their order.")  # fmt: skip
+@click.option("--undo", metavar="FILE", type=click.Path(path_type=Path),
+              help="What `merge --undo FILE` wrote; without it the result is only near to the base.")  # fmt: skip
+@click.option("--weights", metavar="W,W...", help="What each adapter's deltas were multiplied by; FILE knows it.")
+@click.option("--exact", is_flag=True, help="The merge was told --exact; FILE knows it.")
+@names_options("--from", "--to")
+@mappings_option
+@fact_options
+@writing_options
+@target_options
+@output_options
+@progress_option
+def unmerge(
+    merged_model: Path, target: str, adapters: tuple[Path, ...], undo: Path | None, weights: str | None, exact: bool,
+    **given: Unpack[Given],
+) -> None:  # fmt: skip
+    """Take an adapter out of a merged model again.
+
+    With the undo file that merge wrote, the base comes back bit for bit on any machine, and its digests are checked.
+    Without it the best inverse is computed: its report says how many elements are expected to differ from the base.
+    """
+    out = Output("unmerge", given["json"], given["quiet"], given["verbose"])
+    if undo is not None and (weights is not None or exact):
+        raise click.UsageError("--weights and --exact are what --undo knows")
+    options = options_of(given, weights, exact=exact)
+    from ..actions.unmerge import unmerge as run
+
+    with Progress("unmerging", enabled=not (given["no_progress"] or given["quiet"])) as progress:
+        done = run(merged_model, adapters, target, options, undo=undo, progress=progress)
+    if out.json:
+        out.document(done.as_json())
+        return
+    _show(out, done)
+
+
+def options_of(given: Given, weights: str | None, *, exact: bool) -> MergeOptions:
+    """Return the action's options; imports it, so that this comes after what can be refused without."""
+    if given["family"] is not None:
+        known_family(given["family"], given["mappings"], hint="--family")
+    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # lorabridge's own threads share the work already
+        os.environ.setdefault(variable, "1")
+    from ..actions.merge_inputs import MergeOptions
+    from .merge import _weights as numbers
+
+    stated = [(field, given[field]) for field in FACTS]  # type: ignore[literal-required]
+    return MergeOptions(
+        adapter_dialect=given["adapter_dialect"], target_dialect=given["target_dialect"], family=given["family"],
+        config=given["config"], layout=pairs(given["layout"], "--layout"), mappings=given["mappings"],
+        facts=facts(stated), weights=numbers(weights), exact=exact, max_shard_size=given["max_shard_size"],
+        crc=given["crc"], workers=given["workers"], dry_run=given["dry_run"], overwrite=given["overwrite"],
+    )  # fmt: skip
+
+
+def show_guesses(out: Output, rows: Sequence[GuessRow]) -> None:
+    """Print what may be wrong, by parameter."""
+    if rows:
+        header = ("parameter", "blurred", "expected wrong", "largest error")
+        cells = [(r.parameter, f"{r.blurred:.2%}", f"{r.wrong:.2%}", f"{r.error:.1e}") for r in rows]
+        out.result(text.table(header, cells, right=" rrr", width=width()))
+
+
+def _show(out: Output, done: UnmergeReport) -> None:
+    line = f"{text.escape(done.summary())} ({text.size(done.nbytes)})"
+    out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
+    if out.verbose:
+        show_guesses(out, done.rows)
+        for name, why in done.left_out:
+            out.result(text.escape(f"left out: {name} ({why})"))
+    out.warn(done.warnings)
+    for note in done.notes:
+        out.hint(note, label="note: ")
