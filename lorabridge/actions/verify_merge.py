@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import floats, numerics
 from ..axes import Expr
-from ..dialects.adapter import Adapter, LoraModule
+from ..dialects.adapter import Adapter, Extra, LoraModule, Value
 from ..dialects.pairs import weight_names
 from ..dtypes import BY_NAME, DType
 from ..errors import MappingError
@@ -157,15 +157,15 @@ def _bias(parts: Parts, module: LoraModule) -> ModuleRow:
 def frozen(parts: Parts, step: Step) -> Check:
     """Check every parameter that no factor changes: equal to the base's, or to what the adapter replaces it with."""
     replaced = {extra.name: extra for extra in parts.adapter.extras if extra.kind not in ("trainable_tokens", "buffer")}
-    tokens = {extra.path for extra in parts.adapter.extras if extra.kind == "trainable_tokens"}
+    tokens = {extra.path: extra for extra in parts.adapter.extras if extra.kind == "trainable_tokens"}
     wrong: list[str] = []
     same = 0
     for name, expr in parts.merged.items():
         if name in parts.done:
             continue
         path = name.rpartition(".")[0]
-        if path in tokens:
-            wrong.append(f"{name}: the adapter replaces rows of it, which this depth does not check")
+        if path in tokens and name in parts.base:
+            wrong += _rows_replaced(parts, name, tokens[path])
         elif name in replaced:
             extra = replaced[name]
             wrong += _unlike(name, expr, parts.merged_file, extra.value, parts.adapter_file, "the adapter's")
@@ -180,6 +180,27 @@ def frozen(parts: Parts, step: Step) -> Check:
         if name not in known and not _tied_in_base(name, expr, parts):
             wrong.append(f"{name}: missing in DST")
     return Check("parameters without factors are the base's", not wrong, f"{same} compared", tuple(wrong))
+
+
+def _rows_replaced(parts: Parts, name: str, extra: Extra) -> list[str]:
+    """Say where an embedding is not the base's with the adapter's token rows in the places that its config lists."""
+    rows = _token_rows(parts.adapter.config.get("trainable_token_indices"), extra.path)
+    merged, base = parts.merged[name], parts.base[name]
+    if len(rows) != extra.value.shape[0] or len({merged.dtype, base.dtype, extra.value.dtype}) > 1:
+        return [f"{name}: the adapter replaces {extra.value.shape[0]} rows of it, in another type or in unknown places"]
+    wanted = bits_of(base, parts.base_file).copy()
+    wanted[rows] = bits_of(extra.value, parts.adapter_file)
+    off = (bits_of(merged, parts.merged_file) != wanted).any(axis=1)
+    where = [int(row) for row in np.flatnonzero(off)[:3]]
+    return [f"{name}: {int(off.sum())} rows are wrong, first {where}"] if off.any() else []
+
+
+def _token_rows(given: Value, path: str) -> list[int]:
+    """Return the token numbers that peft's config lists for an embedding, by the end of its path or as the only one."""
+    if isinstance(given, dict):
+        ends = [value for key, value in given.items() if path == key or path.endswith(f".{key}")]
+        given = ends[0] if ends else next(iter(given.values())) if len(given) == 1 else []
+    return [number for number in given if isinstance(number, int)] if isinstance(given, list) else []
 
 
 def _unlike(name: str, one: Expr, mine: Source, two: Expr, theirs: Source, whose: str) -> list[str]:

@@ -231,3 +231,16 @@ def test_a_vector_beside_the_factors(tmp_path: Path) -> None:
         report = checked(folder, target, **BARE)
         assert [report.depth(depth).ok for depth in DEPTHS] == [False, False]
         assert Q in notes(report, "layers")
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_config_changed_in_the_target(depth: str, tmp_path: Path) -> None:
+    """peft reads the config beside the file, whatever the manifest says."""
+    source = converted(peft_adapter(tmp_path / "peft"), tmp_path / "first.ckpt")
+    (tmp_path / "first.ckpt.lorabridge.json").unlink()
+    target = converted(source, tmp_path / "back", target_dialect="peft", **BARE)
+    assert checked(source, target, depth, **BARE).verdict == "equal"
+    configure(target, lora_alpha=4)
+    report = checked(source, target, depth, **BARE)
+    assert report.verdict == "different"
+    assert Q in notes(report, depth)

@@ -217,6 +217,21 @@ def test_a_fused_projection_is_compared_part_by_part(tmp_path: Path) -> None:
     assert {row.origin for row in report.depths[1].modules if "dense" in row.path} == {"transformer.h.0.attn.c_attn"}
 
 
+def test_attention_projections_are_left_to_the_files(tmp_path: Path) -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.after = nn.MultiheadAttention(16, 2), nn.Linear(16, 16)
+
+    source = peft_adapter(tmp_path / "peft", Attending(), target_modules=["attention", "after"])
+    report = checked(source, converted(source, tmp_path / "out.ckpt"))
+    assert report.verdict == "equal"
+    found = report.depth("layers")
+    assert found is not None
+    assert {row.path: row.ok for row in found.modules} == {"after": True, "attention": None, "attention.out_proj": None}
+    assert "2 not compared" in report.summary()
+
+
 def test_a_base_of_other_shapes_is_a_finding(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 

@@ -237,6 +237,25 @@ def test_a_tied_head_written_out(tmp_path: Path) -> None:
         assert rows(folder / "peft", target, folder / "base")[0].verdict == verdict
 
 
+def test_trained_token_rows(tmp_path: Path) -> None:
+    """peft replaces rows of the embedding; one that is wrong is named."""
+    torch.manual_seed(0)
+    net = Net()
+    save(net, tmp_path / "base.safetensors")
+    model = peft_model(copy.deepcopy(net), trainable_token_indices={"tokens": [3, 17]})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens" in name:
+                parameter.add_(1)
+    model.save_pretrained(tmp_path / "peft")
+    save(model.merge_and_unload(), tmp_path / "merged.safetensors")
+    files = tuple(tmp_path / name for name in FILES)
+    assert rows(*files)[0].verdict == "equal"
+    change(files[1], "tokens.weight", (17, 2))
+    (check,) = rows(*files)[0].depths[0].checks
+    assert check.where == ("tokens.weight: 1 rows are wrong, first [17]",)
+
+
 def test_across_frameworks(tmp_path: Path) -> None:
     """A MindSpore adapter, a MindSpore merge and a PyTorch base, in any combination."""
     adapter, target, base = merged(tmp_path, target_modules=["q_proj", "up"])
