@@ -15,7 +15,7 @@ from ..dialects.adapter import Adapter, Dialect, Json
 from ..errors import InputError, OutputError
 from ..forward import dialect_named
 from ..fsio import Staging, require_space
-from ..joined import prefixed
+from ..joined import Joined, prefixed
 from ..merging import Merged
 from ..merging import merge as merge_headers
 from ..repository import MODEL_CONFIG, Output, plan_output
@@ -117,7 +117,8 @@ def way_back(given: Opened, options: MergeOptions, undo: UndoFile | None) -> Way
     side = dialect_named(str(undo.facts["side"])) if undo is not None and "side" in undo.facts else given.origin
     if side.name != given.origin.name:
         whole = Merged(model, given.base.model_config, (), (), (), ())
-        made = _forward(given, whole, side, options)
+        alone = replace(given, joined=Joined({BASE: given.base.source}))
+        made = _forward(alone, whole, side, options)
         model, given = replace(made.adapter, left_out=made.unused), replace(given, origin=side)
     landed = merge_headers(
         model, merge_inputs.additions(given, model, options), config=given.base.model_config, exact=options.exact,
