@@ -174,8 +174,9 @@ def in_blocks(node: Compute) -> Expr:
 class Unmerger:
     """Take deltas away from merged weights and, where a node has more updates, add those; one for a run.
 
-    ``away``: how many of each weight's updates are to be taken away. ``undo``: gives the exact base; what was restored
-    is compared with its digests by :meth:`check`. ``merge``: the kernel that adds the rest.
+    ``away``: how many of a weight's updates are to be taken away; weights that it does not name are exact. ``undo``:
+    gives the exact base; what was restored is compared with its digests by :meth:`check`. ``merge``: the kernel that
+    adds the rest.
     """
 
     def __init__(self, away: Mapping[str, int], undo: UndoFile | None, merge: Kernel | None = None) -> None:
@@ -219,8 +220,7 @@ class Unmerger:
     def _run(self, node: Compute, args: list[Bits]) -> Bits:
         name = recipe_of(node)[0].name
         old, new = split(node, args, self._away.get(name, 0))
-        known = self._undo is not None and name in self._undo.tensors
-        base = self._base(*old) if known or old[0].args[1:] else args[0]
+        base = self._base(*old) if name in self._away else args[0]
         if not new[0].args[1:]:
             return base
         if self._merge is None:
