@@ -172,7 +172,7 @@ def test_the_checkout_script_is_the_same_program() -> None:
 @pytest.mark.parametrize(
     ("args", "advice"),
     [
-        (["covnert", "a", "b"], "did you mean convert?"),
+        (["covnert", "a", "b"], "did you mean convert, recover?"),
         (["tables", "lst"], "did you mean list?"),
         (["convert", "--famly", "x", "a", "b"], "--family"),
         (["convert", "--alhpa", "16", "a", "b"], "--alpha"),
