@@ -1,22 +1,25 @@
-"""What the README prints is what the commands print."""
+"""What the pages print is what the commands print."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_readme_s_transcripts_are_real() -> None:
+@pytest.mark.parametrize(("page", "commands"), [("README.md", 7), ("docs/verify.md", 4)])
+def test_transcripts_are_real(page: str, commands: int) -> None:
     spec = importlib.util.spec_from_file_location("transcripts", ROOT / "docs" / "transcripts.py")
     assert spec is not None
     assert spec.loader is not None
     transcripts = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(transcripts)
-    text = (ROOT / "README.md").read_text("utf-8")
+    text = (ROOT / page).read_text("utf-8")
     now = transcripts.rerun(text)
-    assert now.count("\n$ ") >= 7
+    assert now.count("\n$ ") >= commands
     assert transcripts.same(text, now)
 
 

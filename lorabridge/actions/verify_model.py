@@ -61,10 +61,10 @@ def verify_model(case: Case, options: VerifyOptions, progress: Progress | None =
             network = _torch_base(setup)
             step(weight)
             loaded, checks = _mindspore(setup, network)
+            step(weight)
+            runs, bare, said = _torch_runs(setup, network, given)
         except (MappingError, UsageError) as error:
             return DepthResult("model", "refused", one_line(error))
-        step(weight)
-        runs, bare, said = _torch_runs(setup, network, given)
         step(2 * weight)
         ours = _run_mindspore(loaded, given, network.blocks(), runs[0][0])
         step(2 * weight)

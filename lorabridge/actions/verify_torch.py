@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -37,6 +38,17 @@ class Handle(Protocol):
     """A registered hook."""
 
     def remove(self) -> None: ...  # noqa: D102
+
+
+class Logging(Protocol):
+    """The part of ``transformers.utils.logging`` that is used."""
+
+    def is_progress_bar_enabled(self) -> bool: ...  # noqa: D102
+    def disable_progress_bar(self) -> None: ...  # noqa: D102
+    def enable_progress_bar(self) -> None: ...  # noqa: D102
+    def get_verbosity(self) -> int: ...  # noqa: D102
+    def set_verbosity(self, level: int) -> None: ...  # noqa: D102
+    def set_verbosity_error(self) -> None: ...  # noqa: D102
 
 
 Hook = Callable[[object, object, Tensor | tuple[Tensor, ...]], None]
@@ -99,30 +111,53 @@ def load(
     stated = kind.config_class.from_dict(dict(config))
     release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     options = {"dtype" if release >= (4, 56) else "torch_dtype": torch.float32, "attn_implementation": "sdpa"}
-    try:
-        if isinstance(weights, Path):
-            folder = weights if weights.is_dir() else weights.parent
-            made, info = kind.from_pretrained(
-                str(folder), config=stated, local_files_only=True, output_loading_info=True, **options
-            )
-        else:
-            state = {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
-            made, info = kind.from_pretrained(
-                None, config=stated, state_dict=state, output_loading_info=True, **options
-            )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
-        where = str(weights) if isinstance(weights, Path) else architecture
-        raise InputError(f"transformers cannot load the weights: {error}", where=where) from error
+    with _silence(transformers.utils.logging):
+        try:
+            if isinstance(weights, Path):
+                folder = weights if weights.is_dir() else weights.parent
+                made, info = kind.from_pretrained(
+                    str(folder), config=stated, local_files_only=True, output_loading_info=True, **options
+                )
+            else:
+                state = {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
+                made, info = kind.from_pretrained(
+                    None, config=stated, state_dict=state, output_loading_info=True, **options
+                )  # fmt: skip
+        except (OSError, ValueError, RuntimeError) as error:
+            where = str(weights) if isinstance(weights, Path) else architecture
+            raise InputError(f"transformers cannot load the weights: {error}", where=where) from error
     return TorchNetwork(made.eval().float(), tuple(sorted(info["missing_keys"])))
 
 
-def attach_peft(network: TorchNetwork, folder: Path) -> tuple[str, ...]:
-    """Load an adapter directory with peft; return what peft says is missing in it."""
-    peft = frameworks.load("peft")
+@contextmanager
+def _silence(logging: Logging) -> Iterator[None]:
+    """Keep transformers' progress bars and remarks off the terminal; what matters of them is checked here."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
+
+def attach_peft(network: TorchNetwork, folder: Path) -> tuple[str, ...]:
+    """Load an adapter directory with peft; return what peft says is missing in it.
+
+    Raises MappingError with peft's own words where the adapter does not fit the network.
+    """
+    peft = frameworks.load("peft")
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        peft.PeftModel.from_pretrained(network.module, str(folder), is_trainable=False).eval()
+        try:
+            peft.PeftModel.from_pretrained(network.module, str(folder), is_trainable=False).eval()
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            raise MappingError(
+                "peft cannot load the adapter into this base", where=" ".join(str(error).split())[:500],
+                hint="check --base: is it this adapter's?",
+            ) from error  # fmt: skip
     return tuple(str(said.message) for said in heard if "missing adapter keys" in str(said.message))
 
 

@@ -151,3 +151,13 @@ def test_classes_that_no_reference_network_has_are_refused_before_anything_is_lo
     odd = with_config(folder / "base", architectures=["Trainer"])
     convert(folder / "base", folder / "whole.ckpt", ConvertOptions(family="gpt2"))
     assert "the class 'Trainer'" in refused(odd, folder / "whole.ckpt", None)
+
+
+def test_a_base_of_another_shape_is_refused_in_peft_s_own_words(work: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    folder = saved("gpt2", work)
+    wider = replace(SMALL["gpt2"], fields=SMALL["gpt2"].fields | {"n_embd": 48})
+    build(wider).save_pretrained(tmp_path / "wider")
+    reason = refused(folder / "adapter", folder / "out.ckpt", tmp_path / "wider")
+    assert "size mismatch" in reason or "does not" in reason
