@@ -57,8 +57,9 @@ def random_base(module: LoraModule, norm: float, rng: np.random.Generator, dtype
     size = float(np.prod(shape))
     scale = norm / np.sqrt(size) if np.isfinite(norm) and norm > 0 else 1 / np.sqrt(shape[-1])
     real = np.float64 if dtype.name == "float64" else np.float32
-    weight = rng.standard_normal(shape, dtype=real)
-    weight *= real(scale)
+    weight = rng.random(shape, dtype=real)
+    weight -= real(0.5)
+    weight *= real(scale * np.sqrt(12))  # of standard deviation ``scale``
     if module.kind == "embedding":
         return Base(weight, None)
     return Base(weight, (rng.standard_normal(module.out) * scale).astype(real))

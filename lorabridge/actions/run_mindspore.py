@@ -37,10 +37,8 @@ def run_cell(layer: Layer, x: Array) -> Array:
     wanted[f"0.{table}"] = layer.base.weight.T if turned else layer.base.weight
     if layer.base.bias is not None:
         wanted["0.bias"] = layer.base.bias
-    given = {
-        name: mindspore.Parameter(mindspore.Tensor(np.ascontiguousarray(array)), name=name)
-        for name, array in wanted.items()
-    }
+    wanted = {name: np.ascontiguousarray(array) for name, array in wanted.items()}
+    given = {name: mindspore.Parameter(mindspore.Tensor.from_numpy(array), name=name) for name, array in wanted.items()}
     absent, unused = mindspore.load_param_into_net(cell, given, strict_load=True)
     if absent or unused:
         raise MappingError(

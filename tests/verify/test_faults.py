@@ -209,7 +209,7 @@ def test_a_changed_manifest(pair: Path, field: str) -> None:
 
 
 def test_a_manifest_of_another_conversion_is_told(pair: Path, tmp_path: Path) -> None:
-    other = peft_adapter(tmp_path / "other", target_modules=["up"])
+    other = peft_adapter(tmp_path / "other", target_modules=["q_proj", "up"])
     converted(other, tmp_path / "other.ckpt")
     report = checked(pair / "peft", tmp_path / "other.ckpt", "tensors")
     assert report.verdict == "different"
