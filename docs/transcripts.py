@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```\n(\$ .*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = (ROOT / "README.md", ROOT / "docs" / "verify.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "verify.md", ROOT / "docs" / "unmerge.md")
 NUMBER = r"\d+(?:\.\d+)?(?:e[-+]\d+)?"
 VARYING = re.compile(
     rf"(?<=in )\d+\.\d s\b|(?<=error at most ){NUMBER}|(?<=within ){NUMBER}|(?<=by up to ){NUMBER}"

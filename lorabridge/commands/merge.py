@@ -134,7 +134,7 @@ def merge(base: Path, adapters: tuple[Path, ...], target: str, **given: Unpack[G
         return
     _show(out, done)
     if kept is not None:
-        out.result(text.escape(kept.sentence()))
+        out.summary(text.escape(kept.sentence()))
 
 
 def _options(given: Given) -> MergeOptions:

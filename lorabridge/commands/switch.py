@@ -90,7 +90,7 @@ def _show(out: Output, done: SwitchReport) -> None:
     line = f"{text.escape(done.summary())} ({text.size(done.nbytes)})"
     out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
     if done.undo_out is not None:
-        out.result(text.escape(done.undo_out.sentence()))
+        out.summary(text.escape(done.undo_out.sentence()))
     if out.verbose:
         if done.rows:
             header = ("parameter", "delta/weight", "changed", "vanished", "error")
