@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .deltas import Delta, Matrix
+from .deltas import Delta, Indices, Matrix
 from .dtypes import DType
 from .floats import Bits, arithmetic, encode, rounded, values
 
 BLOCK = 1 << 17
 """Elements per block: one float64 buffer of them is a MiB."""
+NEAR = 32
+"""How near float32 may come to the middle between two bfloat16 numbers, in its own last places, 65536 to a step."""
 TYPES = ("bfloat16", "float16", "float32", "float64")
 """What weights may be stored as; narrower types come with scales that a sum would not know."""
 
@@ -77,6 +79,8 @@ def added(
     step = max(1, min(BLOCK // max(1, columns), rows))
     room = _Room(step * columns)
     dense = adjust is not None or any(delta.dense for delta in deltas)
+    rough = [delta for delta in deltas if delta.rest and adjust is None]
+    small = sum(delta.error for delta in rough) * 2.0**24 / NEAR  # below, an error is more than NEAR last places
     total = Change()
     with np.errstate(all="ignore"):
         for low in range(0, rows, step):
@@ -93,7 +97,8 @@ def added(
                 sums = adjust(sums, start + low, start + high)
                 moved = sums - numbers
                 delta = float(np.vdot(moved, moved))
-            total = total.plus(_rounded(sums, given, into, dtype, room, numbers, reached, delta))
+            finer = Finer(tuple(rough), start + low, small)
+            total = total.plus(_rounded(sums, given, into, dtype, room, numbers, reached, delta, finer))
             if seen is not None:
                 seen(start + low, given, into, alone)
     return out, total
@@ -134,6 +139,24 @@ def _delta(deltas: Sequence[Delta], start: int, stop: int, room: _Room) -> Matri
     return sums
 
 
+@dataclass(frozen=True, slots=True)
+class Finer:
+    """Add the deltas' residues to single sums of the block that begins with row ``start``; ``small`` sums need it."""
+
+    deltas: tuple[Delta, ...]
+    start: int
+    small: float
+
+    def add(self, sums: Matrix, places: Indices) -> Matrix:
+        """Return sums, given by their places in the flat block, with the residues."""
+        if not self.deltas:
+            return sums
+        rows, columns = np.divmod(places, self.deltas[0].shape[1])
+        for delta in self.deltas:
+            sums = sums + delta.residue(rows + self.start, columns)
+        return sums
+
+
 def _fix_zeros(sums: Matrix, given: Bits, dtype: DType) -> None:
     """Make the sum of -0.0 and a zero positive: the sign of a zero delta depends on the order of summation."""
     negative = given == given.dtype.type(1 << (dtype.bits - 1))
@@ -142,10 +165,11 @@ def _fix_zeros(sums: Matrix, given: Bits, dtype: DType) -> None:
 
 
 def _rounded(
-    sums: Matrix, given: Bits, into: Bits, dtype: DType, room: _Room, numbers: Floats, reached: int, delta: float
+    sums: Matrix, given: Bits, into: Bits, dtype: DType, room: _Room, numbers: Floats, reached: int, delta: float,
+    finer: Finer,
 ) -> Change:  # fmt: skip
     """Round one block into place and measure it."""
-    error = (_to_bfloat16 if dtype.name == "bfloat16" else _to_direct)(sums, into, dtype, room)
+    error = (_to_bfloat16 if dtype.name == "bfloat16" else _to_direct)(sums, into, dtype, room, finer)
     weight, broken, odd = float(np.vdot(numbers, numbers)), 0, 0
     if not np.isfinite(error):
         finite = np.isfinite(numbers)
@@ -158,7 +182,7 @@ def _rounded(
     return Change(given.size, reached, changed, max(0, reached - changed), error, weight, delta, broken, odd)
 
 
-def _to_direct(sums: Matrix, into: Bits, dtype: DType, room: _Room) -> float:
+def _to_direct(sums: Matrix, into: Bits, dtype: DType, room: _Room, finer: Finer) -> float:
     """Round by the library's own conversion, which is one rounding from float64; return the largest error."""
     typed = into.view(arithmetic(dtype))
     np.copyto(typed, sums, casting="same_kind")
@@ -166,20 +190,27 @@ def _to_direct(sums: Matrix, into: Bits, dtype: DType, room: _Room) -> float:
     return float(max(sums.max(initial=0.0), -sums.min(initial=0.0)))
 
 
-def _to_bfloat16(sums: Matrix, into: Bits, dtype: DType, room: _Room) -> float:
+def _to_bfloat16(sums: Matrix, into: Bits, dtype: DType, room: _Room, finer: Finer) -> float:
     """Round through float32: its upper half after adding half a place. Return the largest error.
 
-    Where float32 lies exactly between two bfloat16 numbers, the float64 sum decides: nothing is rounded twice.
+    Where float32 lies between two bfloat16 numbers, or nearly so, and where little is left of what was added, the sum
+    is formed with the deltas' residues and rounded from float64: nothing is rounded twice, and few sums need residues.
     """
     singles = room.singles[: sums.size].reshape(sums.shape)
     words = room.words[: sums.size].reshape(sums.shape)
     np.copyto(singles, sums, casting="same_kind")
-    np.left_shift(singles.view(np.uint32), 16, out=words)
-    between = words == np.uint32(0x80000000)
+    np.add(singles.view(np.uint32), np.uint32(0x8000 + NEAR), out=words)
+    np.left_shift(words, 16, out=words)
+    close = words <= np.uint32((2 * NEAR) << 16)
+    if finer.small > 0.0:
+        np.bitwise_and(singles.view(np.uint32), np.uint32(0x7FFFFFFF), out=words)
+        close |= words.view(np.float32) < np.float32(finer.small)
+    hard = np.flatnonzero(close)
     np.add(singles.view(np.uint32), np.uint32(0x8000), out=words)
     np.right_shift(words, 16, out=into, casting="unsafe")
-    if between.any():
-        into[between] = encode(rounded(sums[between], dtype), dtype)
+    if hard.size:
+        exact = finer.add(sums.reshape(-1)[hard], hard)
+        into.reshape(-1)[hard] = encode(rounded(exact, dtype), dtype)
     np.bitwise_and(words, np.uint32(0xFFFF0000), out=words)
     np.subtract(singles, words.view(np.float32), out=singles)
     return float(max(singles.max(initial=0.0), -singles.min(initial=0.0)))

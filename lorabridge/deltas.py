@@ -5,8 +5,8 @@ are cut into blocks. Here it cannot: factors are brought to 24-bit fixed point (
 and per column of ``a``), so every product is an integer below 2**48 of one common unit, and up to 32 of them add up
 to at most 2**53: each partial sum is exact in float64, whatever the order, with or without fused multiply-add. Longer
 sums are cut into slices of 32 ranks, added in a fixed order. With ``exact`` the residues of that rounding are kept to
-24 further bits and their products are added too. The idea is that of error-free matrix products (Ozaki, Ogita, Oishi
-and Rump 2012); all other steps are single IEEE operations on elements.
+24 further bits and their products with the factors are added too. The idea is that of error-free matrix products
+(Ozaki, Ogita, Oishi and Rump 2012); all other steps are single IEEE operations on elements.
 
 Three laws follow, and tests hold them: rows computed alone equal the same rows of the whole; the transposed update is
 the transpose of the update; and factors that were stacked under one module (ranks whose rows of ``b`` do not meet)
@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 Matrix = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
 
 DIGITS = 24
 """Bits of the fixed-point factors."""
@@ -41,12 +42,26 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One exact product: ``left @ right`` on an interval of rows and of columns; ``low``: where residues come in."""
+    """One exact product: ``left @ right`` on an interval of rows and of columns."""
 
     left: Matrix
     right: Matrix
     rows: tuple[int, int]
     columns: tuple[int, int]
+
+    def at(self, rows: Indices, columns: Indices) -> Matrix:
+        """Return single elements; ranks are added in one order, halves onto halves."""
+        inside = (rows >= self.rows[0]) & (rows < self.rows[1])
+        inside &= (columns >= self.columns[0]) & (columns < self.columns[1])
+        terms = self.left[rows[inside] - self.rows[0]] * self.right.T[columns[inside] - self.columns[0]]
+        n = terms.shape[1]
+        while n > 1:
+            half = n // 2
+            terms[:, :half] += terms[:, n - half : n]
+            n -= half
+        out = np.zeros(rows.shape)
+        out[inside] = terms[:, 0]
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +69,14 @@ class Delta:
     """``scaling * sum(b @ a)`` of a shape, made ready: any rows of it can be computed, from any thread.
 
     Made by :func:`prepare`. ``shape``: of the result, after the transposition if there is one. ``dense``: no row and no
-    column is zero by construction.
+    column is zero by construction. ``rest``: the products that ``exact`` would add.
     """
 
     shape: tuple[int, int]
     parts: tuple[_Part, ...]
     scaling: float
     dense: bool
+    rest: tuple[_Part, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -92,6 +108,23 @@ class Delta:
         if self.scaling != 1.0:
             np.multiply(out, self.scaling, out=out)
         return out
+
+    def residue(self, rows: Indices, columns: Indices) -> Matrix:
+        """Return what ``exact`` would add to single elements, given by their row and column numbers."""
+        out = np.zeros(rows.shape)
+        for part in self.rest:
+            out += part.at(rows, columns)
+        return out * self.scaling
+
+    @property
+    def error(self) -> float:
+        """What an element is usually off by for want of residues: the root mean square over the matrix, about."""
+        total = 0.0
+        for part in self.rest:
+            left = float(np.mean(np.max(np.abs(part.left), axis=1) ** 2))
+            right = float(np.mean(np.max(np.abs(part.right), axis=0) ** 2))
+            total += left * right * part.left.shape[1] / 2
+        return abs(self.scaling) * math.sqrt(total) * 2.0**-DIGITS / 3
 
     def columns(self, start: int, stop: int) -> Matrix:
         """Return columns [start, stop) of all rows: the same bits as :meth:`rows` gives for them."""
@@ -126,15 +159,13 @@ def prepare(
             )
         pairs += [(b, a, term.start) for b, a in _separate(term.b, term.a)]
     folded = scaling if abs(math.frexp(scaling)[0]) == 0.5 else 1.0
-    found = [part for b, a, start in pairs for part in _products(b, a, start, exact)]
-    parts = [_Part(folded * part.left, part.right, part.rows, part.columns) for part in found]
-    if transposed:
-        parts = [
-            _Part(np.ascontiguousarray(p.right.T), np.ascontiguousarray(p.left.T), p.columns, p.rows) for p in parts
-        ]
+    found = [_products(b, a, start, folded, transposed) for b, a, start in pairs]
+    parts, rest = [p for high, _ in found for p in high], [p for _, low in found for p in low]
+    if exact:
+        parts, rest = [p for high, low in found for p in (*high, *low)], []
     shape = (columns, height) if transposed else (height, columns)
     dense = bool(parts) and scaling != 0.0 and _dense(parts, shape)
-    return Delta(shape, tuple(parts), scaling / folded, dense)
+    return Delta(shape, tuple(parts), scaling / folded, dense, tuple(rest))
 
 
 def _dense(parts: Sequence[_Part], shape: tuple[int, int]) -> bool:
@@ -191,23 +222,31 @@ def _separate(b: Matrix, a: Matrix) -> list[tuple[Matrix, Matrix]]:
     return [(np.ascontiguousarray(b[:, group]), np.ascontiguousarray(a[group])) for group in groups]
 
 
-def _products(b: Matrix, a: Matrix, start: int, exact: bool) -> list[_Part]:
-    """Return the exact products whose sum, in this order, is ``b @ a``."""
+def _products(
+    b: Matrix, a: Matrix, start: int, scaling: float, transposed: bool
+) -> tuple[list[_Part], list[_Part]]:  # fmt: skip
+    """Return the exact products of the high parts, and those of high parts with residues, whose sum is ``b @ a``."""
     rows = np.flatnonzero((b != 0.0).any(axis=1))
     if not rows.size or not b.shape[1]:
-        return []
+        return [], []
     low, high = int(rows[0]), int(rows[-1]) + 1
     b, where, columns = b[low:high], (start + low, start + high), (0, a.shape[1])
     b0, b1 = _fixed(b, 1)
     a0, a1 = _fixed(a, 0)
+
+    def part(x: Matrix, y: Matrix) -> _Part:
+        x = x * scaling
+        if transposed:
+            return _Part(np.ascontiguousarray(y.T), np.ascontiguousarray(x.T), columns, where)
+        return _Part(np.ascontiguousarray(x), np.ascontiguousarray(y), where, columns)
+
     slices = [slice(k, min(k + SLICE, a.shape[0])) for k in range(0, a.shape[0], SLICE)]
-    pairs = [(b0[:, s], a0[s]) for s in slices]
-    if exact:  # a residue has at most 23 bits, so twice as many products still add up exactly
-        if b1.any() or a1.any():
-            pairs += [(np.hstack([b0[:, s], b1[:, s]]), np.vstack([a1[s], a0[s]])) for s in slices]
-        if b1.any() and a1.any():
-            pairs += [(b1[:, s], a1[s]) for s in slices]
-    return [_Part(np.ascontiguousarray(x), np.ascontiguousarray(y), where, columns) for x, y in pairs]
+    main = [part(b0[:, s], a0[s]) for s in slices]
+    if not (b1.any() or a1.any()):
+        return main, []
+    # a residue has at most 23 bits, so twice as many products still add up exactly
+    rest = [part(np.hstack([b0[:, s], b1[:, s]]), np.vstack([a1[s], a0[s]])) for s in slices]
+    return main, [replace(p, right=np.asfortranarray(p.right)) for p in rest]
 
 
 def _fixed(x: Matrix, axis: int) -> tuple[Matrix, Matrix]:

@@ -88,10 +88,14 @@ def land(
     """Find the parameter of every module, and the orientation in which it is stored; problems go to ``into``.
 
     ``shapes``: of the base's parameters. ``weight``: multiplies every delta. A square matrix is stored as the module
-    says, or as all other matrices of the adapter are.
+    says, where that is true of the matrices that show it; where nothing is said, as all other matrices are.
     """
     found = [(module, parameter_of(module.path, module.weight, shapes)) for module in modules]
-    seen = {order for module, name in found if name and (order := _order(module, shapes[name])) is not None}
+    seen: dict[bool | None, set[bool]] = {True: set(), False: set(), None: set()}
+    for module, name in found:
+        order = _order(module, shapes[name]) if name else None
+        if order is not None:
+            seen[module.fan_in_fan_out].add(order)
     for module, name in found:
         if not name:
             near = _near(module.path, shapes)
@@ -113,7 +117,12 @@ def _order(module: LoraModule, shape: tuple[int, ...]) -> bool | None:
 
 
 def _place(
-    module: LoraModule, name: str, shape: tuple[int, ...], seen: set[bool], weight: float, into: Landing
+    module: LoraModule,
+    name: str,
+    shape: tuple[int, ...],
+    seen: Mapping[bool | None, set[bool]],
+    weight: float,
+    into: Landing,
 ) -> Place | None:
     terms = [(term.a, term.b) for term in module.terms]
     starts = tuple(term.start for term in module.terms)
@@ -124,7 +133,7 @@ def _place(
         if view[::-1] == shape and view != shape:
             view, transposed = shape, True
         elif view[0] == view[1] == shape[0]:
-            turned = _square(module, seen, into)
+            turned = _square(module, seen[module.fan_in_fan_out], into)
             transposed = bool(turned)
     elif module.conv_form == "loralib":
         view = (module.terms[0].b.shape[0], module.terms[0].a.shape[1])

@@ -117,10 +117,29 @@ def additions(given: Opened, base: Adapter, options: MergeOptions) -> list[Addit
                 "the adapter holds no LoRA factors", where=str(one.path), hint="name its dialect with --from"
             )
         adapter = prefixed(dialect.parse(one.content(facts)), label, one.source.specs)
+        adapter = _as_peft_computes(adapter) if dialect.name == "peft" else adapter
         family = options.family or (kept.options.get("family") if kept else None)
         for part in _on_side(adapter, dialect, base, given, replace(options, family=family)):
             out.append(Addition(part, weight, str(one.path)))
     return out
+
+
+def _as_peft_computes(adapter: Adapter) -> Adapter:
+    """Double the delta of an attention's output projection.
+
+    peft adds it twice to nn.MultiheadAttention, when it computes and when it merges (0.21.2, lora/layer.py lines 2084
+    to 2089), so this is what such an adapter was trained with.
+    """
+    attention = {f"{module.path}.out_proj" for module in adapter.modules if module.weight == "in_proj_weight"}
+    twice = [module.path for module in adapter.modules if module.path in attention]
+    if not twice:
+        return adapter
+    modules = tuple(
+        replace(m, scaling=replace(m.scaling, alpha=2 * m.scaling.alpha)) if m.path in attention else m
+        for m in adapter.modules
+    )
+    said = f"{', '.join(twice)}: the delta counts twice, as peft adds it to nn.MultiheadAttention"
+    return replace(adapter, modules=modules, warnings=(*adapter.warnings, said))
 
 
 def _on_side(
