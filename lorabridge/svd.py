@@ -12,11 +12,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from .lowrank import Matrix, balanced
 
-Blocks = Callable[[], Iterator[tuple[int, Matrix]]]
-"""Yield (first row, block of rows), from the first row to the last, each time it is called."""
+Rows = npt.NDArray[np.float64] | npt.NDArray[np.float32]
+Blocks = Callable[[], Iterator[tuple[int, Rows]]]
+"""Yield (first row, block of rows), from the first row to the last, each time it is called.
+
+Blocks of float32 are multiplied in float32, which halves the time and loses nothing that 16-bit weights ever held;
+sums over blocks, norms and the small matrices are float64 in any case.
+"""
 
 ITERATIONS = 3
 """Power iterations: each makes the gap between kept and dropped singular values count twice more."""
@@ -56,7 +62,7 @@ def factorize(
     """
     if rank is None and energy is None:
         raise ValueError("a rank or an energy is needed")
-    total = math.sqrt(sum(float(np.vdot(block, block)) for _, block in blocks()))
+    total = math.sqrt(sum(_square(block) for _, block in blocks()))
     short = min(shape)
     limit = min(short, rank) if rank is not None else short
     width = limit + OVERSAMPLING if energy is None else min(limit, FIRST_SKETCH) + OVERSAMPLING
@@ -78,9 +84,17 @@ def residual(blocks: Blocks, a: Matrix, b: Matrix) -> float:
     """Return the Frobenius norm of the matrix minus ``b @ a``, computed block by block."""
     square = 0.0
     for first, block in blocks():
-        rest = block - b[first : first + block.shape[0]] @ a
-        square += float(np.vdot(rest, rest))
+        square += _square(block - _typed(b[first : first + block.shape[0]], block) @ _typed(a, block))
     return math.sqrt(square)
+
+
+def _square(block: Rows) -> float:
+    """Return the sum of squares, added up in double precision."""
+    return float(np.sum(np.multiply(block, block, dtype=np.float64)))
+
+
+def _typed(x: Matrix, like: Rows) -> Rows:
+    return x if like.dtype == np.float64 else x.astype(np.float32)
 
 
 def _choose(values: Matrix, total: float, limit: int, energy: float | None) -> tuple[int, bool]:
@@ -110,14 +124,14 @@ def _sketched(blocks: Blocks, shape: tuple[int, int], width: int, seed: int) -> 
 def _times(blocks: Blocks, rows: int, x: Matrix) -> Matrix:
     out = np.empty((rows, x.shape[1]))
     for first, block in blocks():
-        np.matmul(block, x, out=out[first : first + block.shape[0]])
+        out[first : first + block.shape[0]] = block @ _typed(x, block)
     return out
 
 
 def _transposed_times(blocks: Blocks, columns: int, x: Matrix) -> Matrix:
     out = np.zeros((columns, x.shape[1]))
     for first, block in blocks():
-        out += block.T @ x[first : first + block.shape[0]]
+        out += block.T @ _typed(x[first : first + block.shape[0]], block)
     return out
 
 

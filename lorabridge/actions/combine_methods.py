@@ -266,7 +266,7 @@ def _distance(a: Numbers, b: Numbers, other_a: Numbers, other_b: Numbers) -> flo
 
 
 def _whole(matrix: Numbers) -> svd.Blocks:
-    def blocks() -> Iterator[tuple[int, Numbers]]:
+    def blocks() -> Iterator[tuple[int, svd.Rows]]:
         yield 0, matrix
 
     return blocks

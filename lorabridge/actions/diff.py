@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -170,12 +171,16 @@ class _Work:
         row = TensorRow(name, False, (one.dtype.name, two.dtype.name), two.shape)
         if one.shape != two.shape:
             return replace(row, note=f"{list(one.shape)} in A, {list(two.shape)} in B")
-        count = _Count()
         mine, theirs = Rows(one, self._first_file), Rows(two, self._second_file)
-        for first, last in theirs.spans():
-            block = theirs.take(first, last)
-            count.add(mine.take(first, last), one.dtype, block, two.dtype)
-            self._step(block.nbytes)
+        count = _Count(one.dtype, two.dtype)
+        for first, last in theirs.spans():  # most tensors are equal, and bytes are the fastest to compare
+            old, new = mine.take(first, last), theirs.take(first, last)
+            self._step(new.nbytes)
+            count.elements += new.size
+            count.equal &= one.dtype == two.dtype and np.array_equal(_bytes(old), _bytes(new))
+        if not count.equal:
+            for first, last in theirs.spans():
+                count.add(mine.take(first, last), theirs.take(first, last))
         return count.row(row, self._tolerance)
 
     def _step(self, nbytes: int) -> None:
@@ -214,76 +219,98 @@ def _rounding(x: Thin, y: Thin, largest: float) -> float:
 
 @dataclass
 class _Count:
-    """What one tensor's blocks amount to."""
+    """What one tensor's blocks amount to; ``equal``: no byte differs."""
 
-    differing: int = 0
+    old_type: DType
+    new_type: DType
+    equal: bool = True
     elements: int = 0
+    differing: int = 0
     max_abs: float = 0.0
-    ulps: int | None = 0
+    ulps: int = 0
     square: float = 0.0
-    size: float = 0.0
-    values_known: bool = True
+    old_size: float = 0.0
+    new_size: float = 0.0
 
-    def add(self, old: Bits, old_type: DType, new: Bits, new_type: DType) -> None:
-        """Count a block."""
-        self.elements += new.size
-        same_type = old_type == new_type
-        if same_type and old.tobytes() == new.tobytes():
-            if new_type.kind == "float" and new_type.numpy:
-                self.size += _square(floats.values(new, new_type))
+    @property
+    def numeric(self) -> bool:
+        """Both types have arithmetic."""
+        return all(d.numpy is not None and d.kind in ("float", "int", "uint", "bool") for d in self.types)
+
+    @property
+    def types(self) -> tuple[DType, DType]:
+        """Both types."""
+        return self.old_type, self.new_type
+
+    def add(self, old: Bits, new: Bits) -> None:
+        """Count a block of a tensor that differs somewhere."""
+        if not self.numeric:
+            same = self.old_type == self.new_type and old.dtype.kind == "u"
+            self.differing += int(np.count_nonzero(old != new)) if same else new.size
             return
-        if not (_numeric(old_type) and _numeric(new_type)):
-            self.values_known = False
-            self.differing += int((old != new).sum()) if same_type and old.dtype.kind == "u" else new.size
-            return
-        x, y = floats.values(old, old_type), floats.values(new, new_type)
-        if same_type:
-            off = np.ascontiguousarray(old) != np.ascontiguousarray(new)
+        x, y = floats.values(old, self.old_type), floats.values(new, self.new_type)
+        with np.errstate(invalid="ignore", over="ignore"):
+            gap = y - x
+        if self.old_type == self.new_type:
+            self.differing += int(np.count_nonzero(old != new))
+            if self.new_type.kind == "float":
+                self.ulps = max(self.ulps, most_ulps(old, new))
         else:
-            off = ~((x == y) | (np.isnan(x) & np.isnan(y)))
-        self.differing += int(off.sum())
-        with np.errstate(invalid="ignore"):
-            gap = np.abs(y - x)[off]
-        gap = np.where(np.isnan(gap), np.inf, gap)
-        self.max_abs = max(self.max_abs, float(np.max(gap, initial=0.0)))
-        self.square += float(np.sum(gap**2))
-        self.size += max(_square(x), _square(y))
-        if same_type and new_type.kind == "float" and self.ulps is not None:
-            steps = _ordered(old[off]), _ordered(new[off])
-            self.ulps = max(self.ulps, int(np.max(np.maximum(*steps) - np.minimum(*steps), initial=0)))
-        else:
-            self.ulps = None
+            self.differing += int(np.count_nonzero(~((x == y) | (np.isnan(x) & np.isnan(y)))))
+        if not np.isfinite(gap).all():
+            both = (x == y) | (np.isnan(x) & np.isnan(y))
+            gap = np.where(both, 0.0, np.where(np.isfinite(gap), gap, np.inf))
+            x, y = (np.where(np.isfinite(z), z, 0.0) for z in (x, y))
+        self.max_abs = max(self.max_abs, float(np.max(gap, initial=0.0)), -float(np.min(gap, initial=0.0)))
+        self.square += _square(gap)
+        self.old_size += _square(x)
+        self.new_size += _square(y)
 
     def row(self, row: TensorRow, tolerance: float | None) -> TensorRow:
         """Return the row with the counts, and whether the tensor counts as the same."""
-        types = row.dtypes[0] == row.dtypes[1]
-        equal = self.differing == 0
-        relative = (self.square / self.size) ** 0.5 if self.size else 0.0 if equal else float("inf")
-        same = equal and types
-        if tolerance is not None and self.values_known:
-            same = relative <= tolerance
-        note = "" if types else f"{row.dtypes[0]} in A, {row.dtypes[1]} in B" + (", equal values" if equal else "")
-        measured = self.values_known
+        types = self.old_type == self.new_type
+        if self.equal:
+            return replace(row, same=True, elements=self.elements, max_abs=0.0, ulps=0, relative=0.0)
+        size = max(self.old_size, self.new_size)
+        relative = math.sqrt(self.square / size) if size else math.inf if self.square else 0.0
+        note = "" if types else f"{row.dtypes[0]} in A, {row.dtypes[1]} in B"
+        note += ", equal values" if note and self.differing == 0 else ""
         return replace(
-            row, same=same, elements=self.elements, differing=self.differing,
-            max_abs=self.max_abs if measured else None, ulps=self.ulps if measured and types else None,
-            relative=relative if measured else None, note=note,
+            row, same=tolerance is not None and self.numeric and relative <= tolerance, elements=self.elements,
+            differing=self.differing, max_abs=self.max_abs if self.numeric else None,
+            ulps=self.ulps if types and self.numeric and self.new_type.kind == "float" else None,
+            relative=relative if self.numeric else None, note=note,
         )  # fmt: skip
 
 
-def _numeric(dtype: DType) -> bool:
-    return dtype.numpy is not None and dtype.kind in ("float", "int", "uint", "bool")
+def _bytes(bits: Bits) -> Bits:
+    return bits if bits.dtype.kind == "u" else np.ascontiguousarray(bits).view(np.uint8)
 
 
 def _square(x: floats.Numbers) -> float:
-    found = x[np.isfinite(x)]
-    return float(np.vdot(found, found))
+    flat = x.reshape(-1)
+    return float(np.vdot(flat, flat))
 
 
-def _ordered(bits: Bits) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
-    """Return the place of each float among all floats of its type, as unsigned integers that keep the order."""
-    wide = np.ascontiguousarray(bits).astype(np.uint64)
-    sign = np.uint64(1 << (8 * bits.itemsize - 1))
-    size = wide & (sign - np.uint64(1))
-    middle = np.uint64(1 << 63)
+def most_ulps(old: Bits, new: Bits) -> int:
+    """Return the most floats of a type that lie between two elements; both zeros are one place.
+
+    ``old`` and ``new``: bits of one type with a sign bit on top.
+    """
+    if old.itemsize == 8:
+        one, two = _places64(old), _places64(new)
+        return int(np.max(np.maximum(one, two) - np.minimum(one, two), initial=0))
+    shift = 8 * old.itemsize - 1
+    places = []
+    for bits in (old, new):
+        found = np.ascontiguousarray(bits).view(f"i{bits.itemsize}").astype(np.int64)
+        negative = np.right_shift(found, shift)  # all ones where the sign is set: fold those around zero
+        places.append((found & ~negative) - (found & negative & ((1 << shift) - 1)))
+    return int(np.max(np.abs(places[0] - places[1]), initial=0))
+
+
+def _places64(bits: Bits) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
+    wide = np.ascontiguousarray(bits).view(np.uint64)
+    sign, middle = np.uint64(1 << 63), np.uint64(1 << 63)
+    size = wide & ~sign
     return np.where(wide & sign != 0, middle - size, middle + size)

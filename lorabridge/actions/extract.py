@@ -16,7 +16,7 @@ import numpy as np
 from .. import svd
 from ..dialects.adapter import Adapter, Extra, Facts, LoraModule, Scaling, Term
 from ..errors import InputError, UsageError
-from ..floats import Numbers, values
+from ..floats import values
 from ..forward import dialect_named
 from ..joined import Joined, prefixed
 from ..names import natural_key
@@ -31,7 +31,7 @@ from .sides import Route, Rows, Side, open_side
 
 Progress = Callable[[int, int], None]
 KEPT_BYTES = 256 << 20
-"""Differences up to this many bytes in double precision stay in memory; larger ones are read again for each pass."""
+"""Differences up to this many bytes stay in memory; larger ones are read again for each pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +202,9 @@ def _difference(one: Changed, pair: Pair) -> tuple[svd.Blocks, tuple[int, int]]:
     rows = one.tuned.shape[0]
     shape = (rows, math.prod(one.tuned.shape[1:]))
     before, after = Rows(one.base, pair.base_source), Rows(one.tuned, pair.tuned_source)
+    narrow = max(one.base.dtype.bits, one.tuned.dtype.bits) <= 16
 
-    def read() -> Iterator[tuple[int, Numbers]]:
+    def read() -> Iterator[tuple[int, svd.Rows]]:
         for first, last in after.spans():
             new = values(after.take(first, last), one.tuned.dtype).reshape(last - first, -1)
             old = values(before.take(first, last), one.base.dtype).reshape(last - first, -1)
@@ -213,9 +214,9 @@ def _difference(one: Changed, pair: Pair) -> tuple[svd.Blocks, tuple[int, int]]:
                     "weights are not finite, or their difference is not", where=one.name,
                     hint="leave the module out with --exclude, or use an earlier step of the training",
                 )  # fmt: skip
-            yield first, block
+            yield first, block.astype(np.float32) if narrow else block
 
-    if shape[0] * shape[1] * 8 > KEPT_BYTES:
+    if shape[0] * shape[1] * (4 if narrow else 8) > KEPT_BYTES:
         return read, shape
     kept = list(read())
     return (lambda: iter(kept)), shape

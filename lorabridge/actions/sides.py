@@ -19,7 +19,7 @@ from ..repository import Framework, Input, open_input
 from ..tensors import Source
 from .choices import source_dialect
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
 """Bytes of a tensor that are read at once where a matrix is gone through row by row."""
 
 
@@ -51,11 +51,14 @@ class Side:
 def open_side(
     path: Path | str, *, dialect: str | None = None, config: Path | None = None, facts: Facts | None = None
 ) -> Side:
-    """Open one checkpoint and read its headers; errors are those of a conversion of the same file."""
+    """Open one checkpoint and read its headers; errors are those of a conversion of the same file.
+
+    ``facts`` are for every file of a command, so what a file's own manifest or sidecar says outranks them.
+    """
     given = open_input(Path(path), config=config)
     try:
         kept = given.manifest if given.manifest is not None and given.manifest.describes(given.source.specs) else None
-        said = (facts or Facts()).then(given.stated).then(kept.facts if kept else Facts())
+        said = given.stated.then(kept.facts if kept else Facts()).then(facts or Facts())
         origin = source_dialect(given, kept, said, dialect)
         content = given.content(said)
         return Side(given, origin, kept, content, origin.parse(content))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lorabridge import convert
 from lorabridge.actions.choices import ConvertOptions
-from lorabridge.actions.diff import DiffOptions, _ordered, diff
+from lorabridge.actions.diff import DiffOptions, diff, most_ulps
 from lorabridge.actions.resize import resize
 from lorabridge.errors import MappingError
 
@@ -147,11 +147,34 @@ def test_patterns_that_match_nothing_are_told(tmp_path: Path) -> None:
         diff(first, first, DiffOptions(include=("nothing",)))
 
 
-@given(x=st.floats(width=32, allow_nan=False, allow_infinity=False), steps=st.integers(-5, 5))
-@settings(deadline=None, max_examples=200)
-def test_ulps_count_floats(x: float, steps: int) -> None:
-    there = np.array([x], np.float32)
+@pytest.mark.parametrize("width", [16, 32, 64])
+@given(seed=st.integers(0, 2**32), steps=st.integers(-5, 5))
+@settings(deadline=None, max_examples=60)
+def test_ulps_count_floats(width: int, seed: int, steps: int) -> None:
+    kind = np.dtype(f"f{width // 8}")
+    x = np.random.default_rng(seed).integers(0, 2**64, 1, np.uint64, endpoint=False).view(kind)[:1]
+    x = np.where(np.isfinite(x), x, kind.type(0))
+    there = x.copy()
     for _ in range(abs(steps)):
-        there = np.nextafter(there, np.float32(math.inf if steps > 0 else -math.inf))
-    one, two = _ordered(np.array([x], np.float32).view(np.uint32)), _ordered(there.view(np.uint32))
-    assert int(max(one, two) - min(one, two)) == abs(steps) or not np.isfinite(there).all()
+        there = np.nextafter(there, kind.type(math.inf if steps > 0 else -math.inf))
+    if np.isfinite(there).all():
+        assert most_ulps(x.view(f"u{width // 8}"), there.view(f"u{width // 8}")) == abs(steps)
+
+
+def test_zeros_are_one_place_and_extremes_are_far() -> None:
+    zero, negative = np.array([0.0], np.float32), np.array([-0.0], np.float32)
+    assert most_ulps(zero.view(np.uint32), negative.view(np.uint32)) == 0
+    top = np.array([np.finfo(np.float64).max])
+    assert most_ulps(top.view(np.uint64), (-top).view(np.uint64)) == 2 * int(top.view(np.int64)[0])
+
+
+def test_a_sign_of_zero_and_a_nan_payload_are_differences(tmp_path: Path) -> None:
+    def file(name: str, words: list[int]) -> Path:
+        bits = torch.tensor(words, dtype=torch.int32).view(torch.float32)
+        save_file({"x": bits}, tmp_path / name)
+        return tmp_path / name
+
+    one = file("a.safetensors", [0, 0x3F800000, 0x7FC00000])
+    two = file("b.safetensors", [-(2**31), 0x3F800000, 0x7FC00001])
+    (row,) = diff(one, two).tensors
+    assert (row.same, row.differing, row.max_abs) == (False, 2, 0.0)
