@@ -68,10 +68,9 @@ class Given(TypedDict):
         },
         examples=(
             "lorabridge verify peft_adapter/ out.ckpt",
-            "lorabridge verify peft_adapter/ out.ckpt --base model/",
             "lorabridge verify lora.pt out.ckpt --alpha 16 --depth tensors",
             "lorabridge verify adapter/ merged/ --base model/",
-            "lorabridge verify peft_adapter/ out.ckpt --base model/ --model --report proof.html",
+            "lorabridge verify adapter/ out.ckpt --base model/ --model --report p.html",
         ),
         optional={"--fan-in-fan-out": (is_fact("fan_in_fan_out"), "yes")},
     )

@@ -12,8 +12,8 @@ import pytest
 from console import Invoke, clean_environ
 from safetensors.numpy import load_file
 
-from lorabridge.actions import convert as action
 from lorabridge import ConvertOptions
+from lorabridge.actions import convert as action
 from lorabridge.dialects.adapter import Fact
 
 
