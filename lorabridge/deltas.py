@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 Matrix = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float64] | npt.NDArray[np.float32]
 Indices = npt.NDArray[np.intp]
 
 DIGITS = 24
@@ -44,16 +45,17 @@ class Factors:
 class _Part:
     """One exact product: ``left @ right`` on an interval of rows and of columns."""
 
-    left: Matrix
-    right: Matrix
+    left: Floats
+    right: Floats
     rows: tuple[int, int]
     columns: tuple[int, int]
 
     def at(self, rows: Indices, columns: Indices) -> Matrix:
-        """Return single elements; ranks are added in one order, halves onto halves."""
+        """Return single elements to float32's precision; ranks are added in one order, halves onto halves."""
         inside = (rows >= self.rows[0]) & (rows < self.rows[1])
         inside &= (columns >= self.columns[0]) & (columns < self.columns[1])
-        terms = self.left[rows[inside] - self.rows[0]] * self.right.T[columns[inside] - self.columns[0]]
+        terms = self.left[rows[inside] - self.rows[0]]
+        terms *= self.right.T[columns[inside] - self.columns[0]]
         n = terms.shape[1]
         while n > 1:
             half = n // 2
@@ -163,6 +165,7 @@ def prepare(
     parts, rest = [p for high, _ in found for p in high], [p for _, low in found for p in low]
     if exact:
         parts, rest = [p for high, low in found for p in (*high, *low)], []
+    rest = [replace(p, left=p.left.astype("f4"), right=np.asfortranarray(p.right, "f4")) for p in rest]
     shape = (columns, height) if transposed else (height, columns)
     dense = bool(parts) and scaling != 0.0 and _dense(parts, shape)
     return Delta(shape, tuple(parts), scaling / folded, dense, tuple(rest))
@@ -246,7 +249,7 @@ def _products(
         return main, []
     # a residue has at most 23 bits, so twice as many products still add up exactly
     rest = [part(np.hstack([b0[:, s], b1[:, s]]), np.vstack([a1[s], a0[s]])) for s in slices]
-    return main, [replace(p, right=np.asfortranarray(p.right)) for p in rest]
+    return main, rest
 
 
 def _fixed(x: Matrix, axis: int) -> tuple[Matrix, Matrix]:
