@@ -12,8 +12,9 @@ import numpy as np
 from .. import lowrank, numerics
 from ..axes import Expr, evaluate
 from ..dialects import factors
-from ..dialects.adapter import Content, Dialect, LoraModule
-from ..errors import UsageError
+from ..dialects.adapter import Content, Dialect, Json, LoraModule
+from ..dialects.peft_config import changes_base
+from ..errors import MappingError, UsageError
 from ..forward import Settings, forward
 from ..lowrank import Matrix
 from ..tensors import Source
@@ -36,6 +37,17 @@ class CompressedRow:
     error: float
 
 
+def refuse_changed_base(config: Json, where: str) -> None:
+    """Refuse factors that belong to a base which was changed along with them: another rank would change it anew."""
+    init = changes_base(config)
+    if init:
+        raise MappingError(
+            f"init_lora_weights={init!r} ties the factors to their rank: it changes the base weights as it loads",
+            where=where,
+            hint="convert it to plain LoRA in peft first (path_initial_model_for_weight_conversion)",
+        )
+
+
 def ranks(
     text: str, content: Content, origin: Dialect, goal: Dialect, settings: Settings, source: Source
 ) -> tuple[Mapping[str, int], Sequence[LoraModule]]:
@@ -46,6 +58,7 @@ def ranks(
     """
     rank, tolerance = parse(text)
     made = forward(content, origin, goal, settings)
+    refuse_changed_base(made.adapter.config, content.path)
     pairs = [factors.single_pair(module, goal.name) for module in made.adapter.modules]
     factors.refuse_grouped(pairs)
     chosen = {}

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..dialects.adapter import Facts
-from ..dialects.peft_config import changes_base
-from ..errors import InputError, MappingError, UsageError
+from ..errors import InputError, UsageError
 from ..forward import dialect_named
 from ..repository import Input, framework_of, open_input
 from .choices import ConvertOptions, source_dialect
+from .compress import refuse_changed_base
 from .convert import convert
 from .convert_report import ConvertReport
 
@@ -146,13 +146,7 @@ def _own_dialect(given: Input, target: Path | str, options: ConvertOptions) -> s
 
 def _check(given: Input) -> tuple[str, ...]:
     config = given.adapter_config or {}
-    init = changes_base(config)
-    if init:
-        raise MappingError(
-            f"init_lora_weights={init!r} ties the factors to their rank: it changes the base weights as it loads",
-            where=str(given.path),
-            hint="convert it to plain LoRA in peft first (path_initial_model_for_weight_conversion)",
-        )
+    refuse_changed_base(config, str(given.path))
     if config.get("use_dora"):
         return ("DoRA: the magnitudes stay as they are, while the directions they scale change with the delta",)
     return ()

@@ -110,3 +110,11 @@ def test_values_that_overflow_are_counted(policy: str, tmp_path: Path) -> None:
     options = ConvertOptions(family="identity", target_dialect="ms", dtype="fp16", on_overflow=policy)
     report = convert(tmp_path / "in.pt", tmp_path / "out.ckpt", options)
     assert [(row.tensor, row.overflowed) for row in report.rounding] == [("w", 1)]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_factors_of_a_changed_base_keep_their_rank(init: str, tmp_path: Path) -> None:
+    CASES[init].adapted().save_pretrained(tmp_path / "peft")
+    with pytest.raises(MappingError, match=init):
+        convert(tmp_path / "peft", tmp_path / "small", ConvertOptions(target_dialect="peft", compress="2"))
+    assert not (tmp_path / "small").exists()
