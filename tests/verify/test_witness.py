@@ -1,6 +1,6 @@
 """A second witness: MindNLP 0.5.1 runs what came out of a MindSpore file, on the kernels of MindSpore 2.7.0.
 
-Not run by default: ``LORABRIDGE_WITNESS=1 pytest -m witness`` makes a virtual environment (1.5 GB, kept in pytest's
+Not run by default: ``LORABRIDGE_WITNESS=1 pytest -m witness`` makes a virtual environment (3 GB, kept in pytest's
 cache), for MindNLP pins versions of its own. ``LORABRIDGE_WITNESS_PYTHON`` names the interpreter of one that exists.
 """
 
