@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import click
 
-from ._values import FACTS
+from ._values import FACTS, facts
+
+if TYPE_CHECKING:
+    from ..dialects.adapter import Facts
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -26,6 +29,61 @@ FACT_HELP = {
     "kind": ("[PATTERN=]KIND", "linear, embedding, conv1d, conv2d or conv3d."),
     "merged": ("[PATTERN=]yes|no", "Whether the base weights already hold the delta."),
 }
+
+
+class NamedGiven(TypedDict):
+    """How modules are called, as click hands it over."""
+
+    family: str | None
+    config: Path | None
+    layout: tuple[str, ...]
+    mappings: Path | None
+
+
+class StatedGiven(TypedDict):
+    """Statements about modules, as click hands them over."""
+
+    alpha: tuple[str, ...]
+    rank: tuple[str, ...]
+    use_rslora: tuple[str, ...]
+    fan_in_fan_out: tuple[str, ...]
+    enable_lora: tuple[str, ...]
+    kernel_size: tuple[str, ...]
+    groups: tuple[str, ...]
+    out_features: tuple[str, ...]
+    conv_form: tuple[str, ...]
+    kind: tuple[str, ...]
+    merged: tuple[str, ...]
+
+
+class WrittenGiven(TypedDict):
+    """How a checkpoint is written, as click hands it over."""
+
+    max_shard_size: int | None
+    crc: bool
+    workers: int
+    dry_run: bool
+    overwrite: bool
+
+
+class ShownGiven(TypedDict):
+    """How a command speaks, as click hands it over."""
+
+    json: bool
+    quiet: bool
+    verbose: bool
+    no_progress: bool
+
+
+def stated(given: StatedGiven) -> Facts:
+    """Read every statement about modules; a BadParameter names the option that cannot be read."""
+    texts: dict[str, tuple[str, ...]] = {
+        "alpha": given["alpha"], "rank": given["rank"], "use_rslora": given["use_rslora"],
+        "fan_in_fan_out": given["fan_in_fan_out"], "enable_lora": given["enable_lora"],
+        "kernel_size": given["kernel_size"], "groups": given["groups"], "out_features": given["out_features"],
+        "conv_form": given["conv_form"], "kind": given["kind"], "merged": given["merged"],
+    }  # fmt: skip
+    return facts(texts.items())
 
 
 def output_options(command: F) -> F:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from .. import report as text
 from ._group import Command, Manual, documented
-from ._options import fact_options, mappings_option, output_options, progress_option
+from ._options import (
+    NamedGiven,
+    ShownGiven,
+    StatedGiven,
+    WrittenGiven,
+    fact_options,
+    mappings_option,
+    output_options,
+    progress_option,
+    stated,
+)
 from ._progress import Progress
 from ._terminal import Output, width
 from ._values import (
@@ -18,7 +28,6 @@ from ._values import (
     Name,
     Size,
     dialects,
-    facts,
     is_fact,
     is_tolerance_or_rank,
     known_family,
@@ -37,26 +46,11 @@ NOTES = 6
 """How many notes are printed without -v; a deep model has one for every layer."""
 
 
-class Given(TypedDict):
+class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
     """The options as click hands them over."""
 
     source_dialect: str | None
     target_dialect: str | None
-    family: str | None
-    config: Path | None
-    layout: tuple[str, ...]
-    mappings: Path | None
-    alpha: tuple[str, ...]
-    rank: tuple[str, ...]
-    use_rslora: tuple[str, ...]
-    fan_in_fan_out: tuple[str, ...]
-    enable_lora: tuple[str, ...]
-    kernel_size: tuple[str, ...]
-    groups: tuple[str, ...]
-    out_features: tuple[str, ...]
-    conv_form: tuple[str, ...]
-    kind: tuple[str, ...]
-    merged: tuple[str, ...]
     dtype: str | None
     on_overflow: str
     include: tuple[str, ...]
@@ -64,15 +58,6 @@ class Given(TypedDict):
     layers: str | None
     compress: str | None
     adapter_only: bool
-    max_shard_size: int | None
-    crc: bool
-    workers: int
-    dry_run: bool
-    overwrite: bool
-    json: bool
-    quiet: bool
-    verbose: bool
-    no_progress: bool
 
 
 @documented(
@@ -157,16 +142,10 @@ def convert(source: Path, target: str, **given: Unpack[Given]) -> None:
 def _options(given: Given) -> ConvertOptions:
     from ..actions.choices import ConvertOptions
 
-    texts: dict[str, tuple[str, ...]] = {
-        "alpha": given["alpha"], "rank": given["rank"], "use_rslora": given["use_rslora"],
-        "fan_in_fan_out": given["fan_in_fan_out"], "enable_lora": given["enable_lora"],
-        "kernel_size": given["kernel_size"], "groups": given["groups"], "out_features": given["out_features"],
-        "conv_form": given["conv_form"], "kind": given["kind"], "merged": given["merged"],
-    }  # fmt: skip
     return ConvertOptions(
         source_dialect=given["source_dialect"], target_dialect=given["target_dialect"], family=given["family"],
         config=given["config"], layout=pairs(given["layout"], "--layout"), mappings=given["mappings"],
-        facts=facts(texts.items()), dtype=given["dtype"], on_overflow=given["on_overflow"],
+        facts=stated(given), dtype=given["dtype"], on_overflow=given["on_overflow"],
         include=given["include"], exclude=given["exclude"], layers=given["layers"], compress=given["compress"],
         adapter_only=given["adapter_only"], max_shard_size=given["max_shard_size"], crc=given["crc"],
         workers=given["workers"], dry_run=given["dry_run"], overwrite=given["overwrite"],

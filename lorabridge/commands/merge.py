@@ -5,56 +5,42 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from .. import report as text
 from ._group import Command, Manual, documented
-from ._options import fact_options, mappings_option, output_options, progress_option
+from ._options import (
+    NamedGiven,
+    ShownGiven,
+    StatedGiven,
+    WrittenGiven,
+    fact_options,
+    mappings_option,
+    output_options,
+    progress_option,
+    stated,
+)
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import FACTS, Name, Size, dialects, facts, known_family, pairs, real
+from ._values import FACTS, Name, Size, dialects, known_family, pairs, real
 
 if TYPE_CHECKING:
     from ..actions.merge import MergeOptions
     from ..actions.merge_report import MergeReport
 
 
-class Given(TypedDict):
+class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
     """The options as click hands them over."""
 
     adapter_dialect: str | None
     target_dialect: str | None
-    family: str | None
-    config: Path | None
-    layout: tuple[str, ...]
-    mappings: Path | None
-    alpha: tuple[str, ...]
-    rank: tuple[str, ...]
-    use_rslora: tuple[str, ...]
-    fan_in_fan_out: tuple[str, ...]
-    enable_lora: tuple[str, ...]
-    kernel_size: tuple[str, ...]
-    groups: tuple[str, ...]
-    out_features: tuple[str, ...]
-    conv_form: tuple[str, ...]
-    kind: tuple[str, ...]
-    merged: tuple[str, ...]
     weights: str | None
     exact: bool
     residual_base: bool
     onto_merged: bool
     undo: Path | None
-    max_shard_size: int | None
-    crc: bool
-    workers: int
-    dry_run: bool
-    overwrite: bool
-    json: bool
-    quiet: bool
-    verbose: bool
-    no_progress: bool
 
 
 @documented(
@@ -140,23 +126,18 @@ def merge(base: Path, adapters: tuple[Path, ...], target: str, **given: Unpack[G
 def _options(given: Given) -> MergeOptions:
     from ..actions.merge_inputs import MergeOptions
 
-    texts: dict[str, tuple[str, ...]] = {
-        "alpha": given["alpha"], "rank": given["rank"], "use_rslora": given["use_rslora"],
-        "fan_in_fan_out": given["fan_in_fan_out"], "enable_lora": given["enable_lora"],
-        "kernel_size": given["kernel_size"], "groups": given["groups"], "out_features": given["out_features"],
-        "conv_form": given["conv_form"], "kind": given["kind"], "merged": given["merged"],
-    }  # fmt: skip
     return MergeOptions(
         adapter_dialect=given["adapter_dialect"], target_dialect=given["target_dialect"], family=given["family"],
         config=given["config"], layout=pairs(given["layout"], "--layout"), mappings=given["mappings"],
-        facts=facts(texts.items()), weights=_weights(given["weights"]), exact=given["exact"],
+        facts=stated(given), weights=read_weights(given["weights"]), exact=given["exact"],
         residual_base=given["residual_base"], onto_merged=given["onto_merged"],
         max_shard_size=given["max_shard_size"], crc=given["crc"], workers=given["workers"],
         dry_run=given["dry_run"], overwrite=given["overwrite"],
     )  # fmt: skip
 
 
-def _weights(given: str | None) -> tuple[float, ...]:
+def read_weights(given: str | None) -> tuple[float, ...]:
+    """Read one weight per adapter, separated by commas; a BadParameter names what is no number."""
     if given is None:
         return ()
     try:

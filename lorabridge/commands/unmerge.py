@@ -5,16 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, TypeVar, Unpack
 
 import click
 
 from .. import report as text
 from ._group import Command, Manual, documented
-from ._options import fact_options, mappings_option, output_options, progress_option, target_options
+from ._options import (
+    NamedGiven,
+    ShownGiven,
+    StatedGiven,
+    WrittenGiven,
+    fact_options,
+    mappings_option,
+    output_options,
+    progress_option,
+    stated,
+    target_options,
+)
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import FACTS, Name, Size, dialects, facts, known_family, pairs
+from ._values import FACTS, Name, Size, dialects, known_family, pairs
 
 if TYPE_CHECKING:
     from ..actions.merge_inputs import MergeOptions
@@ -27,35 +38,11 @@ NAMES = ("adapter_dialect", "target_dialect", "family", "config", "layout", "map
 WRITING = ("max_shard_size", "crc", "workers", "dry_run", "overwrite")
 
 
-class Given(TypedDict):
+class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
     """The options as click hands them over."""
 
     adapter_dialect: str | None
     target_dialect: str | None
-    family: str | None
-    config: Path | None
-    layout: tuple[str, ...]
-    mappings: Path | None
-    alpha: tuple[str, ...]
-    rank: tuple[str, ...]
-    use_rslora: tuple[str, ...]
-    fan_in_fan_out: tuple[str, ...]
-    enable_lora: tuple[str, ...]
-    kernel_size: tuple[str, ...]
-    groups: tuple[str, ...]
-    out_features: tuple[str, ...]
-    conv_form: tuple[str, ...]
-    kind: tuple[str, ...]
-    merged: tuple[str, ...]
-    max_shard_size: int | None
-    crc: bool
-    workers: int
-    dry_run: bool
-    overwrite: bool
-    json: bool
-    quiet: bool
-    verbose: bool
-    no_progress: bool
 
 
 def names_options(dialect: str, side: str) -> Callable[[F], F]:
@@ -152,13 +139,12 @@ def options_of(given: Given, weights: str | None, *, exact: bool) -> MergeOption
     for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # lorabridge's own threads share the work already
         os.environ.setdefault(variable, "1")
     from ..actions.merge_inputs import MergeOptions
-    from .merge import _weights as numbers
+    from .merge import read_weights
 
-    stated = [(field, given[field]) for field in FACTS]  # type: ignore[literal-required]
     return MergeOptions(
         adapter_dialect=given["adapter_dialect"], target_dialect=given["target_dialect"], family=given["family"],
         config=given["config"], layout=pairs(given["layout"], "--layout"), mappings=given["mappings"],
-        facts=facts(stated), weights=numbers(weights), exact=exact, max_shard_size=given["max_shard_size"],
+        facts=stated(given), weights=read_weights(weights), exact=exact, max_shard_size=given["max_shard_size"],
         crc=given["crc"], workers=given["workers"], dry_run=given["dry_run"], overwrite=given["overwrite"],
     )  # fmt: skip
 

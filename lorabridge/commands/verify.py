@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from .. import report as text
 from ._group import Command, Manual, documented
-from ._options import fact_options, mappings_option, output_options, progress_option
+from ._options import (
+    NamedGiven,
+    ShownGiven,
+    StatedGiven,
+    fact_options,
+    mappings_option,
+    output_options,
+    progress_option,
+    stated,
+)
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import FACTS, Name, dialects, facts, is_fact, known_family, matching_families, pairs
+from ._values import FACTS, Name, dialects, is_fact, known_family, matching_families, pairs
 
 if TYPE_CHECKING:
     from ..actions.verify_inputs import VerifyOptions
@@ -23,7 +32,7 @@ SHOWN = 10
 """Modules and places that are listed without --verbose."""
 
 
-class Given(TypedDict):
+class Given(NamedGiven, StatedGiven, ShownGiven):
     """The options as click hands them over."""
 
     base: Path | None
@@ -31,27 +40,8 @@ class Given(TypedDict):
     model: bool
     source_dialect: str | None
     target_dialect: str | None
-    family: str | None
-    config: Path | None
-    layout: tuple[str, ...]
-    mappings: Path | None
-    alpha: tuple[str, ...]
-    rank: tuple[str, ...]
-    use_rslora: tuple[str, ...]
-    fan_in_fan_out: tuple[str, ...]
-    enable_lora: tuple[str, ...]
-    kernel_size: tuple[str, ...]
-    groups: tuple[str, ...]
-    out_features: tuple[str, ...]
-    conv_form: tuple[str, ...]
-    kind: tuple[str, ...]
-    merged: tuple[str, ...]
     seed: int
     report: Path | None
-    json: bool
-    quiet: bool
-    verbose: bool
-    no_progress: bool
 
 
 @documented(
@@ -162,16 +152,10 @@ class _Stages:
 def _options(given: Given) -> VerifyOptions:
     from ..actions.verify_inputs import VerifyOptions
 
-    texts: dict[str, tuple[str, ...]] = {
-        "alpha": given["alpha"], "rank": given["rank"], "use_rslora": given["use_rslora"],
-        "fan_in_fan_out": given["fan_in_fan_out"], "enable_lora": given["enable_lora"],
-        "kernel_size": given["kernel_size"], "groups": given["groups"], "out_features": given["out_features"],
-        "conv_form": given["conv_form"], "kind": given["kind"], "merged": given["merged"],
-    }  # fmt: skip
     return VerifyOptions(
         base=given["base"], depths=given["depth"], model=given["model"], source_dialect=given["source_dialect"],
         target_dialect=given["target_dialect"], family=given["family"], config=given["config"],
-        layout=pairs(given["layout"], "--layout"), mappings=given["mappings"], facts=facts(texts.items()),
+        layout=pairs(given["layout"], "--layout"), mappings=given["mappings"], facts=stated(given),
         seed=given["seed"],
     )  # fmt: skip
 
