@@ -2,9 +2,9 @@
 
 An expression is a frozen tree over the tensors of a source. Its structural nodes (:class:`Reorder`,
 :class:`Reshape`, :class:`Slice`, :class:`Join`, :class:`Zeros`) move bits and never compute; :class:`Compute`
-names a kernel of ``lorabridge.numerics``. The functions in lower case build nodes, check shapes and simplify, so that
-an expression followed by its inverse collapses to the plain :class:`Read` it started from. That collapse is the
-proof, made before any tensor is read, that a plan can be undone.
+names a kernel of ``lorabridge.arithmetic.numerics``. The functions in lower case build nodes, check shapes and
+simplify, so that an expression followed by its inverse collapses to the plain :class:`Read` it started from. That
+collapse is the proof, made before any tensor is read, that a plan can be undone.
 """
 
 from __future__ import annotations

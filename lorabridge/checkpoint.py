@@ -9,7 +9,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from .repository import Input, open_input
+from .conversion.repository import Input, open_input
 from .tensors import TensorSpec
 
 
@@ -70,7 +70,7 @@ class Checkpoint(Mapping[str, "npt.NDArray[np.generic]"]):
         return f"Checkpoint({str(self._opened.path)!r}, {self.format}, {len(self)} tensors, {size:,} bytes)"
 
     def _repr_html_(self) -> str:
-        from .report import table_html
+        from .reports.plain import table_html
 
         rows = ((s.name, str(s.dtype), " x ".join(map(str, s.shape)), f"{s.nbytes:,}") for s in self.specs.values())
         return table_html(repr(self), ("tensor", "dtype", "shape", "bytes"), rows)

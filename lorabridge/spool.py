@@ -15,10 +15,10 @@ from threading import Lock
 
 import numpy as np
 
+from .arithmetic.floats import Bits, Numbers
+from .arithmetic.numerics import cast
 from .axes import Expr, read
 from .dtypes import BY_NAME, DType
-from .floats import Bits, Numbers
-from .numerics import cast
 from .tensors import Extent, TensorSpec
 
 

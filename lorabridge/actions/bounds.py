@@ -12,8 +12,8 @@ import math
 
 import numpy as np
 
+from ..arithmetic.floats import LAYOUTS, Numbers
 from ..dtypes import DType
-from ..floats import LAYOUTS, Numbers
 
 SLACK = 8
 """Operations on a term beside its dot products: scaling (and its own rounding), sums with base and biases, a norm."""

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import dialects
+from ..arithmetic.numerics import POLICIES
+from ..conversion.forward import Settings, dialect_named
+from ..conversion.repository import Framework, Input, Output, framework_of, plan_output
+from ..conversion.selection import Selection
 from ..dialects.adapter import Dialect, Fact, Facts
 from ..dtypes import ALIASES, BY_NAME, DType
 from ..errors import InputError, MappingError, OutputError, UsageError
-from ..forward import Settings, dialect_named
 from ..manifest import Manifest
-from ..numerics import POLICIES
-from ..repository import Framework, Input, Output, framework_of, plan_output
-from ..selection import Selection
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError, OutputError
-from ..fsio import StagingArea, find_staging, remove_staging
+from ..files.fsio import StagingArea, find_staging, remove_staging
 
 
 @dataclass(frozen=True, slots=True)

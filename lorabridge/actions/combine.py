@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ..conversion.repository import Framework
+from ..conversion.selection import Selection, select
 from ..dialects.adapter import Adapter, Extra, Facts, LoraModule, Value
 from ..dialects.peft_config import changes_base
 from ..dialects.peft_write import of_part
 from ..errors import InputError, MappingError, UsageError
 from ..joined import Joined, prefixed
 from ..names import natural_key
-from ..repository import Framework
-from ..selection import Selection, select
 from ..spool import Spool
 from ..tensors import Source
 from .choices import dtype_named

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .. import lowrank, svd
+from ..arithmetic import lowrank, svd
+from ..arithmetic.blend import Election, Recipe, blend
+from ..arithmetic.floats import Numbers
 from ..axes import Expr, cast, cut, join, scale
-from ..blend import Election, Recipe, blend
 from ..dialects import factors
 from ..dialects.adapter import LoraModule, Scaling, Term
 from ..dtypes import BY_NAME, DType, lossless
 from ..errors import MappingError
-from ..floats import Numbers
 from ..spool import Spool
 from ..tensors import Source
 from .combine_report import CombinedRow

@@ -47,7 +47,7 @@ class CombineReport:
 
     def summary(self) -> str:
         """Return one line: what became of what."""
-        from ..report import count
+        from ..reports.plain import count
 
         done = "would combine" if self.dry_run else "combined"
         ranks = [row.rank for row in self.modules]
@@ -68,7 +68,7 @@ class CombineReport:
         ]  # fmt: skip
 
     def _repr_html_(self) -> str:
-        from ..report import table_html
+        from ..reports.plain import table_html
 
         return table_html(self.summary(), HEADER, self.rows())
 

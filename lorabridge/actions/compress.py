@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import lowrank, numerics
+from ..arithmetic import lowrank, numerics
+from ..arithmetic.lowrank import Matrix
 from ..axes import Expr, evaluate
+from ..conversion.forward import Settings, forward
 from ..dialects import factors
 from ..dialects.adapter import Content, Dialect, Json, LoraModule
 from ..dialects.peft_config import changes_base
 from ..errors import MappingError, UsageError
-from ..forward import Settings, forward
-from ..lowrank import Matrix
 from ..tensors import Source
 
 if TYPE_CHECKING:

@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import __version__, execute, formats, manifest, numerics, plan, wayback
+from .. import __version__, formats, manifest
+from ..arithmetic import numerics
 from ..axes import Expr, reads
+from ..conversion import execute, plan, wayback
+from ..conversion.forward import Forward, forward, options_text
+from ..conversion.repository import ADAPTER_CONFIG, MODEL_CONFIG, Input, open_input
 from ..dialects.adapter import Json, LoraModule
 from ..errors import MappingError, OutputError
-from ..forward import Forward, forward, options_text
-from ..fsio import Staging, require_space
-from ..repository import ADAPTER_CONFIG, MODEL_CONFIG, Input, open_input
+from ..files.fsio import Staging, require_space
 from . import compress
 from .choices import Choice, ConvertOptions, choose, settings_for
 from .convert_report import ConvertReport, ModuleRow, RoundingRow

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+from ..arithmetic.numerics import Notes
 from ..dialects.adapter import LoraModule
-from ..numerics import Notes
 from .compress import CompressedRow
 
 
@@ -98,7 +98,7 @@ class ConvertReport:
     def summary(self) -> str:
         """Return one line: what went where."""
         done = "would convert" if self.dry_run else "converted"
-        from ..report import count
+        from ..reports.plain import count
 
         kind = f"{count(len(self.modules), 'module')}, " if self.modules else ""
         return (
@@ -107,7 +107,7 @@ class ConvertReport:
         )
 
     def _repr_html_(self) -> str:
-        from ..report import table_html
+        from ..reports.plain import table_html
 
         rows: Iterable[tuple[str, ...]] = (
             (m.path, m.kind, str(m.rank), f"{m.alpha:g}", f"{m.scaling:g}", m.features) for m in self.modules

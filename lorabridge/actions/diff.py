@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import floats
+from ..arithmetic import floats
+from ..arithmetic.floats import Bits
 from ..axes import Expr
+from ..conversion.selection import Selection, select, tensors_of
 from ..dialects.adapter import Adapter, Extra, Facts, LoraModule
 from ..dtypes import DType
 from ..errors import MappingError
-from ..floats import Bits
 from ..names import natural_key
-from ..selection import Selection, select, tensors_of
 from ..tensors import Source
 from . import bounds
 from .diff_report import DeltaRow, DiffReport, TensorRow

@@ -9,7 +9,8 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
-from .. import __version__, report
+from .. import __version__
+from ..reports import plain
 
 CORE = ("numpy", "ml_dtypes", "safetensors", "click", "tqdm")
 OPTIONAL = ("torch", "mindspore", "peft", "loralib", "transformers", "mindformers", "mindpet", "protobuf")
@@ -43,12 +44,12 @@ class EnvReport:
         rows += [(name, version or "not installed") for name, version in self.packages.items()]
         rows.append(("cpus", str(self.cpus)))
         if self.memory_bytes is not None:
-            free = f", {report.size(self.available_bytes)} available" if self.available_bytes is not None else ""
-            rows.append(("memory", report.size(self.memory_bytes) + free))
+            free = f", {plain.size(self.available_bytes)} available" if self.available_bytes is not None else ""
+            rows.append(("memory", plain.size(self.memory_bytes) + free))
         rows += [("encoding", self.encoding), *self.variables.items()]
         label = max(len(name) for name, _ in rows) + 2
-        lines = [report.escape(f"{name.ljust(label)}{value}") for name, value in rows]
-        return "\n".join(lines + [f"problem: {report.escape(text)}" for text in self.problems])
+        lines = [plain.escape(f"{name.ljust(label)}{value}") for name, value in rows]
+        return "\n".join(lines + [f"problem: {plain.escape(text)}" for text in self.problems])
 
 
 def environment() -> EnvReport:

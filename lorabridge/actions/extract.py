@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import svd
+from ..arithmetic import svd
+from ..arithmetic.floats import values
+from ..conversion.forward import dialect_named
+from ..conversion.repository import framework_of
 from ..dialects.adapter import Adapter, Extra, Facts, LoraModule, Scaling, Term
 from ..errors import InputError, UsageError
-from ..floats import values
-from ..forward import dialect_named
 from ..joined import Joined, prefixed
 from ..names import natural_key
-from ..repository import framework_of
 from ..spool import Spool
 from ..tensors import Source
 from .choices import dtype_named

@@ -10,16 +10,17 @@ from typing import cast
 
 import numpy as np
 
-from .. import floats, tables
+from ..arithmetic import floats
+from ..arithmetic.floats import Bits
 from ..axes import Expr
+from ..conversion.repository import Framework
 from ..dialects.adapter import Adapter, Extra, Facts, Json, ModuleKind
 from ..dialects.pairs import EMBEDDING_WEIGHTS
 from ..dialects.readings import EMBEDDING_WORDS
 from ..errors import InputError, MappingError
-from ..families import Index
-from ..floats import Bits
-from ..repository import Framework
-from ..rules import SideName, Slot, Table
+from ..families import tables
+from ..families.models import Index
+from ..families.rules import SideName, Slot, Table
 from ..tensors import Source
 from .sides import Rows
 

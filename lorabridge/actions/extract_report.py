@@ -58,7 +58,7 @@ class ExtractReport:
 
     def summary(self) -> str:
         """Return one line: what was found and kept."""
-        from ..report import count
+        from ..reports.plain import count
 
         done = "would extract" if self.dry_run else "extracted"
         beside = f" and {count(len(self.beside), 'whole tensor')}" if self.beside else ""
@@ -69,7 +69,7 @@ class ExtractReport:
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the modules as cells."""
-        from ..report import shape
+        from ..reports.plain import shape
 
         return [
             (m.path, m.kind, shape(m.shape), str(m.rank), f"{m.norm:.4g}", f"{m.residual:.4g}", f"{100 * m.energy:.5g}")
@@ -77,7 +77,7 @@ class ExtractReport:
         ]
 
     def _repr_html_(self) -> str:
-        from ..report import table_html
+        from ..reports.plain import table_html
 
         return table_html(self.summary(), HEADER, self.rows())
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import dialects, formats, tables
+from .. import dialects, formats
 from ..axes import Expr, ShapeError, reads
+from ..conversion.forward import dialect_named
+from ..conversion.repository import Input, open_input, weights_path
 from ..dialects.adapter import Adapter, Content, Dialect, Extra, Fact, Facts, LoraModule
 from ..errors import InputError, LorabridgeError
-from ..forward import dialect_named
+from ..families import tables
 from ..manifest import METADATA_KEY, Manifest
-from ..repository import Input, open_input, weights_path
 from ..tensors import TensorSpec
 from .inspect_pairs import loose_pairs
 from .inspect_report import InspectedModule, InspectReport, Pair, Problem, TensorRow

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from .. import report
 from ..errors import LorabridgeError
+from ..reports import plain
 
 Rows = list[tuple[str, ...]]
 
@@ -133,7 +133,7 @@ class InspectReport:
     def head(self) -> Rows:
         """Return (label, text) rows: what the file is."""
         dtypes = ", ".join(name if len(self.dtypes) == 1 else f"{name} x {n}" for name, n, _ in self.dtypes)
-        held = f"{report.count(len(self.tensors), 'tensor')}, {report.size(self.nbytes)}"
+        held = f"{plain.count(len(self.tensors), 'tensor')}, {plain.size(self.nbytes)}"
         also = [f"{name} ({why})" for name, why in self.candidates if name != self.dialect]
         rows = [
             ("path", self.path),
@@ -155,7 +155,7 @@ class InspectReport:
         for name in ("rank", "alpha", "scaling"):
             values = sorted({v for m in self.modules if (v := getattr(m, name)) is not None})
             unknown = any(getattr(m, name) is None for m in self.modules)
-            text = " to ".join(report.number(v) for v in dict.fromkeys((values[0], values[-1]))) if values else ""
+            text = " to ".join(plain.number(v) for v in dict.fromkeys((values[0], values[-1]))) if values else ""
             parts.append(f"{name} {text}{' or ' if text and unknown else ''}{'unknown' if unknown else ''}")
         return ", ".join(parts)
 
@@ -167,8 +167,8 @@ class InspectReport:
         for m in self.modules:
             for i, pair in enumerate(m.pairs):
                 notes = [*m.features, *([f"rows {pair.start}:{pair.stop}"] if len(m.pairs) > 1 else [])]
-                row = [m.path, m.kind, report.number(m.rank), report.number(m.alpha),
-                       report.number(m.scaling), report.shape(pair.a.shape), report.shape(pair.b.shape),
+                row = [m.path, m.kind, plain.number(m.rank), plain.number(m.alpha),
+                       plain.number(m.scaling), plain.shape(pair.a.shape), plain.shape(pair.b.shape),
                        pair.a.dtype if pair.a.dtype == pair.b.dtype else f"{pair.a.dtype}/{pair.b.dtype}",
                        ", ".join(notes)]  # fmt: skip
                 if with_norms:
@@ -181,37 +181,37 @@ class InspectReport:
     def text(self, *, width: int | None = None, tensors: bool = False) -> str:
         """Return the report for people; ``tensors`` lists every tensor, ``width`` is the columns to fit in."""
         label_width = max(len(label) for label, _ in self.head()) + 2
-        blocks = ["\n".join(f"{label.ljust(label_width)}{report.escape(text)}" for label, text in self.head())]
+        blocks = ["\n".join(f"{label.ljust(label_width)}{plain.escape(text)}" for label, text in self.head())]
         header, rows = self.module_rows()
         if rows:
-            blocks.append(report.table(header, rows, right="  rrr    rrrr", width=width))
+            blocks.append(plain.table(header, rows, right="  rrr    rrrr", width=width))
         blocks += [_factor_text(row) for row in self.factors]
         shown = self.tensors if tensors else self.extras
         if shown:
-            table = [(t.name, t.kind, t.dtype, report.shape(t.shape)) for t in shown]
-            blocks.append(report.table(("tensor", "kind", "dtype", "shape"), table, width=width))
+            table = [(t.name, t.kind, t.dtype, plain.shape(t.shape)) for t in shown]
+            blocks.append(plain.table(("tensor", "kind", "dtype", "shape"), table, width=width))
         metadata = self.metadata if tensors else ()
         for title, pairs in (("left out when converting", self.left_out), ("metadata", metadata)):
             if pairs:
-                blocks.append("\n".join([f"{title}:", *(f"  {report.escape(f'{k}: {v}')}" for k, v in pairs)]))
+                blocks.append("\n".join([f"{title}:", *(f"  {plain.escape(f'{k}: {v}')}" for k, v in pairs)]))
         if self.problems:
             blocks.append("\n".join(["problems:", *(line for p in self.problems for line in _problem_lines(p))]))
         return "\n\n".join(blocks)
 
     def _repr_html_(self) -> str:
         header, rows = self.module_rows()
-        parts = [report.table_html("lorabridge inspect", ("", ""), self.head())]
+        parts = [plain.table_html("lorabridge inspect", ("", ""), self.head())]
         if rows:
-            parts.append(report.table_html(report.count(len(self.modules), "module"), header, rows))
+            parts.append(plain.table_html(plain.count(len(self.modules), "module"), header, rows))
         if self.problems:
-            parts.append(report.list_html("problems", ["\n".join(_problem_lines(p)) for p in self.problems]))
+            parts.append(plain.list_html("problems", ["\n".join(_problem_lines(p)) for p in self.problems]))
         return "<div>" + "".join(parts) + "</div>"
 
 
 def _norm_cells(norms: NormRow | None) -> list[str]:
     if norms is None:
         return ["", "", "", ""]
-    return [report.number(norms.a), report.number(norms.b), report.number(norms.delta), str(norms.nonfinite)]
+    return [plain.number(norms.a), plain.number(norms.b), plain.number(norms.delta), str(norms.nonfinite)]
 
 
 def _factor_text(row: FactorRow) -> str:
@@ -220,10 +220,10 @@ def _factor_text(row: FactorRow) -> str:
         f"  min {row.minimum:.6g}, max {row.maximum:.6g}, mean {row.mean:.6g}, std {row.std:.6g}, norm {row.norm:.6g}, "
         f"zeros {row.zeros}, not finite {row.nonfinite}"
     )
-    title = report.escape(f"{row.module} {row.factor}: {report.shape(row.shape)} {row.dtype} ({row.tensor})")
+    title = plain.escape(f"{row.module} {row.factor}: {plain.shape(row.shape)} {row.dtype} ({row.tensor})")
     return "\n".join([title, statistics, "  leading values:", *values])
 
 
 def _problem_lines(problem: Problem) -> list[str]:
     error = LorabridgeError(problem.problem, where=problem.where, hint=problem.hint)
-    return ["  " + line for line in report.error_text(error).split("\n")]
+    return ["  " + line for line in plain.error_text(error).split("\n")]

@@ -106,7 +106,7 @@ def _floats(source: Source, expr: Expr) -> Floats:
     """Evaluate a factor in double precision; types without arithmetic give NaN."""
     import numpy as np
 
-    from .. import numerics
+    from ..arithmetic import numerics
 
     def bits(name: str) -> Bits:
         return source.read(name)
@@ -120,7 +120,7 @@ def _floats(source: Source, expr: Expr) -> Floats:
 
 def _norms(values: Sequence[tuple[Floats, Floats]], chosen: Selected, scaling: float | None) -> NormRow | None:
     """Measure the pairs of one module together; the deltas of its pairs lie on disjoint rows."""
-    from .. import lowrank
+    from ..arithmetic import lowrank
 
     if not values:
         return None

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..arithmetic.floats import Numbers
 from ..dialects.adapter import LoraModule
 from ..dtypes import DType
-from ..floats import Numbers
 from ..tensors import Source
 from . import bounds
 from .layer_side import Array, Base

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from ..arithmetic.floats import Bits
 from ..axes import Expr, Read, evaluate, reads
+from ..conversion.forward import settings_from
+from ..conversion.selection import select
 from ..dialects.adapter import LoraModule, Scaling, Term
 from ..dtypes import BY_NAME
 from ..errors import MappingError
-from ..floats import Bits
-from ..forward import settings_from
-from ..selection import select
 from .verify_case import Case
 
 Rows = npt.NDArray[np.int64]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..arithmetic.numerics import values
 from ..axes import Expr, reads
 from ..dialects.adapter import Json, LoraModule
 from ..dtypes import BY_NAME, DType
 from ..errors import MappingError
-from ..numerics import values
 from ..tensors import Source
 
 Array = npt.NDArray[np.generic]

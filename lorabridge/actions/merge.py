@@ -10,17 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import __version__, execute, formats, manifest, numerics, plan
+from .. import __version__, formats, manifest
+from ..arithmetic import numerics
 from ..axes import Expr, computes, reads
+from ..conversion import execute, plan
+from ..conversion.forward import Forward, Settings, dialect_named, forward
+from ..conversion.repository import MODEL_CONFIG, Output, framework_of, plan_output
 from ..dialects.adapter import Adapter, Content, Dialect, Facts, Written
 from ..errors import MappingError, OutputError, UsageError
-from ..forward import Forward, Settings, dialect_named, forward
-from ..fsio import Staging, require_space
+from ..files.fsio import Staging, require_space
 from ..joined import Joined, prefixed
-from ..merger import Merger, Seen
-from ..merging import Merged
-from ..merging import merge as merge_headers
-from ..repository import MODEL_CONFIG, Output, framework_of, plan_output
+from ..merging.kernel import Merger, Seen
+from ..merging.planning import Merged
+from ..merging.planning import merge as merge_headers
 from . import merge_inputs
 from .companions import carried_files
 from .merge_inputs import MERGED_KEY, MergeOptions, Opened

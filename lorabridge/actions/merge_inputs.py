@@ -7,14 +7,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .. import dialects, tables
+from .. import dialects
+from ..conversion.forward import dialect_named
+from ..conversion.repository import Input, open_input
 from ..dialects.adapter import Adapter, Dialect, Facts, LoraModule
 from ..errors import MappingError, UsageError
-from ..forward import dialect_named
+from ..families import tables
 from ..joined import Joined, prefixed
-from ..landing import moved_prefix, parameter_of
-from ..merging import Addition
-from ..repository import Input, open_input
+from ..merging.landing import moved_prefix, parameter_of
+from ..merging.planning import Addition
 from .choices import source_dialect
 
 BASE = "base"

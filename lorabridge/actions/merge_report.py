@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from ..addition import Change
+from ..arithmetic.addition import Change
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class MergeReport:
 
     def summary(self) -> str:
         """Return one line: what went where."""
-        from ..report import count
+        from ..reports.plain import count
 
         done = "would merge" if self.dry_run else "merged"
         whole = f", {count(len(self.replaced), 'whole tensor')}" if self.replaced else ""
@@ -83,7 +83,7 @@ class MergeReport:
         )
 
     def _repr_html_(self) -> str:
-        from ..report import table_html
+        from ..reports.plain import table_html
 
         rows = (
             (r.parameter, f"{r.relative:.2e}", f"{r.changed:.1%}", f"{r.vanished:.1%}", f"{r.error:.1e}")

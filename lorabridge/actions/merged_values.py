@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import floats, numerics
+from ..arithmetic import floats, numerics
+from ..arithmetic.floats import Bits, Mask, Numbers
 from ..dtypes import DType
-from ..floats import Bits, Mask, Numbers
 from . import bounds
 from .thin import Thin
 

@@ -9,15 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import execute, formats, manifest, numerics, plan
+from .. import formats, manifest
+from ..arithmetic import numerics
 from ..axes import cast, reads
+from ..conversion import execute, plan
+from ..conversion.forward import dialect_named
+from ..conversion.repository import ADAPTER_CONFIG, Output, framework_of, plan_output
 from ..dialects.adapter import Adapter, Dialect, Facts, LoraModule, Value
 from ..dtypes import DType
 from ..errors import OutputError, UsageError
-from ..forward import dialect_named
-from ..fsio import Staging, require_space
+from ..files.fsio import Staging, require_space
 from ..names import natural_key
-from ..repository import ADAPTER_CONFIG, Output, framework_of, plan_output
 from ..tensors import Source
 
 Progress = Callable[[int, int], None]

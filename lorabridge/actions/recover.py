@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..arithmetic.floats import Numbers, values
 from ..axes import Expr, read
+from ..conversion.repository import Framework, open_input
 from ..dialects.adapter import Adapter, Extra, Fact, Facts, LoraModule
 from ..dialects.pairs import weight_names
 from ..errors import InputError, LorabridgeError, MappingError
-from ..floats import Numbers, values
-from ..repository import Framework, open_input
 from ..tensors import Source
 from . import bounds
 from .inspect_pairs import loose_pairs

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..floats import Numbers
+from ..arithmetic.floats import Numbers
 
 Changes = Callable[[], Iterator[tuple[int, Numbers]]]
 """Yield (first row, rows of the change) of a weight as a matrix, each time it is called."""

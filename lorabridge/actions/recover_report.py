@@ -103,7 +103,7 @@ class RecoverReport:
         return out
 
     def _repr_html_(self) -> str:
-        from ..report import table_html
+        from ..reports.plain import table_html
 
         return table_html(self.summary(), HEADER, self.rows())
 

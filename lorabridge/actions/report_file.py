@@ -10,11 +10,11 @@ from importlib import metadata
 from pathlib import Path
 
 from .. import __version__
+from ..conversion.repository import ADAPTER_CONFIG, MODEL_CONFIG, open_input
 from ..errors import OutputError, UsageError
-from ..fsio import Staging
+from ..files.fsio import Staging
 from ..manifest import sidecar
-from ..report_html import MARK, Digests
-from ..repository import ADAPTER_CONFIG, MODEL_CONFIG, open_input
+from ..reports.html import MARK, Digests
 from .verify_report import VerifyReport
 
 SUFFIXES = (".html", ".htm", ".md", ".png")
@@ -34,7 +34,7 @@ def check_path(path: Path) -> None:
             "a report is HTML, Markdown or PNG", where=str(path), hint=f"let its name end in {', '.join(SUFFIXES)}"
         )
     if path.suffix.lower() == ".png":
-        from ..report_png import available
+        from ..reports.png import available
 
         if why := available():
             raise UsageError("a PNG needs matplotlib", where=why, hint="write FILE.html or FILE.md instead")
@@ -70,11 +70,11 @@ def write_report(report: VerifyReport, path: Path) -> None:
 def render(report: VerifyReport, suffix: str) -> bytes:
     """Return the content of a report file."""
     if suffix == ".png":
-        from ..report_png import png
+        from ..reports.png import png
 
         return png(report)
-    from ..report_html import page
-    from ..report_markdown import markdown
+    from ..reports.html import page
+    from ..reports.markdown import markdown
 
     spell: Callable[..., str] = markdown if suffix == ".md" else page
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

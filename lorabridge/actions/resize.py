@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from ..conversion.forward import dialect_named
+from ..conversion.repository import Input, framework_of, open_input
 from ..dialects.adapter import Facts
 from ..errors import InputError, UsageError
-from ..forward import dialect_named
-from ..repository import Input, framework_of, open_input
 from .choices import ConvertOptions, source_dialect
 from .compress import refuse_changed_base
 from .convert import convert
@@ -68,7 +68,7 @@ class ResizeReport:
         ]
 
     def _repr_html_(self) -> str:
-        from ..report import table_html
+        from ..reports.plain import table_html
 
         return table_html(self.summary(), HEADER, self.rows())
 

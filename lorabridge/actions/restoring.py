@@ -9,19 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import execute, formats, manifest, numerics, plan
+from .. import formats, manifest
+from ..arithmetic import numerics
 from ..axes import Kernel
+from ..conversion import execute, plan
+from ..conversion.forward import dialect_named
+from ..conversion.repository import MODEL_CONFIG, Output, plan_output
 from ..dialects.adapter import Adapter, Dialect, Json
 from ..errors import InputError, OutputError
-from ..forward import dialect_named
-from ..fsio import Staging, require_space
+from ..files.fsio import Staging, require_space
 from ..joined import Joined, prefixed
-from ..merging import Merged
-from ..merging import merge as merge_headers
-from ..repository import MODEL_CONFIG, Output, plan_output
-from ..undo import UndoFile
-from ..unmerger import Guess, Unmerger
-from ..unmerging import Restored, best_inverse, restore
+from ..merging.planning import Merged
+from ..merging.planning import merge as merge_headers
+from ..merging.undo import UndoFile
+from ..merging.unmerge_kernel import Guess, Unmerger
+from ..merging.unmerge_planning import Restored, best_inverse, restore
 from . import merge_inputs
 from .companions import carried_files
 from .merge import _check_place, _forward, _goal, _shard_size

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import numerics, tables
+from ..arithmetic import numerics
+from ..arithmetic.floats import Bits, Numbers
 from ..axes import Expr, Read, evaluate, reads
+from ..conversion.repository import Framework, Input, open_input
 from ..dialects.adapter import Adapter, Content, Dialect, Facts, Json
 from ..errors import MappingError
-from ..floats import Bits, Numbers
+from ..families import tables
 from ..manifest import Manifest
-from ..repository import Framework, Input, open_input
 from ..tensors import Source
 from .choices import source_dialect
 

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .. import __version__
-from ..merger import Merger, Seen
-from ..merging import Merged
-from ..merging import merge as merge_headers
-from ..unmerger import Unmerger
-from ..unmerging import Restored, onto, stand_in, traces_onto
+from ..merging.kernel import Merger, Seen
+from ..merging.planning import Merged
+from ..merging.planning import merge as merge_headers
+from ..merging.unmerge_kernel import Unmerger
+from ..merging.unmerge_planning import Restored, onto, stand_in, traces_onto
 from . import merge_inputs, restoring
 from .merge import _check_finite
 from .merge_inputs import MERGED_KEY, MergeOptions, Opened
@@ -60,7 +60,7 @@ class SwitchReport:
 
     def summary(self) -> str:
         """Return one line: what went where, and how good it is."""
-        from ..report import count
+        from ..reports.plain import count
 
         done = "would switch" if self.dry_run else "switched"
         how = "through the exact base" if self.exact else "through the best inverse, not the exact base"
@@ -70,7 +70,7 @@ class SwitchReport:
         )
 
     def _repr_html_(self) -> str:
-        from ..report import table_html
+        from ..reports.plain import table_html
 
         rows = ((r.parameter, f"{r.relative:.2e}", f"{r.changed:.1%}", f"{r.vanished:.1%}") for r in self.rows)
         return table_html(self.summary(), ("parameter", "delta / weight", "changed", "vanished"), rows)

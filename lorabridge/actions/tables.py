@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError, UsageError
-from ..rules import Prefix, Rule, SideName, Table
-from ..tables import load_table, load_tables
+from ..families.rules import Prefix, Rule, SideName, Table
+from ..families.tables import load_table, load_tables
 
 _SIDES: tuple[SideName, SideName] = ("hf", "ms")
 

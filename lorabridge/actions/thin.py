@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..arithmetic.floats import Numbers
 from ..dialects import factors
 from ..dialects.adapter import LoraModule, Term
 from ..dtypes import DType
-from ..floats import Numbers
 from ..tensors import Source
 from .verify_inputs import numbers_of
 

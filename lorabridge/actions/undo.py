@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .. import numerics
+from ..arithmetic import numerics
+from ..arithmetic.recipe import recipe_of
 from ..axes import Kernel
 from ..dialects.adapter import Adapter, Json
 from ..errors import OutputError
 from ..joined import prefixed
-from ..merger import Merger, Seen
-from ..recipe import recipe_of
+from ..merging.kernel import Merger, Seen
+from ..merging.undo import Recorder
+from ..merging.unmerge_kernel import Recording, additive
+from ..merging.unmerge_planning import Traces, keep_others, traces
 from ..tensors import TensorSpec
-from ..undo import Recorder
-from ..unmerger import Recording, additive
-from ..unmerging import Traces, keep_others, traces
 from . import merge_inputs
 from .merge import MergeJob
 from .merge_inputs import MergeOptions, Opened
@@ -43,7 +43,7 @@ class UndoSummary:
 
     def sentence(self) -> str:
         """Return one line for a report."""
-        from ..report import count, size
+        from ..reports.plain import count, size
 
         share = f" ({self.nbytes / self.restores:.1%} of what it restores)" if self.restores else ""
         kept = [f"{count(len(self.whole), 'replaced parameter')} in it"] if self.whole else []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..unmerger import Unmerger
+from ..merging.unmerge_kernel import Unmerger
 from . import merge_inputs, restoring
 from .merge_inputs import MergeOptions
 from .restoring import GuessRow, Progress
@@ -50,7 +50,7 @@ class UnmergeReport:
 
     def summary(self) -> str:
         """Return one line: what went where, and how good it is."""
-        from ..report import count
+        from ..reports.plain import count
 
         done = "would restore" if self.dry_run else "restored"
         what = count(len(self.restored), "parameter")
@@ -62,7 +62,7 @@ class UnmergeReport:
         return f"{done} {what} approximately, {where}{share}"
 
     def _repr_html_(self) -> str:
-        from ..report import table_html
+        from ..reports.plain import table_html
 
         rows = ((r.parameter, f"{r.blurred:.2%}", f"{r.wrong:.2%}", f"{r.error:.1e}") for r in self.rows)
         return table_html(self.summary(), ("parameter", "blurred", "expected wrong", "largest error"), rows)

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .. import numerics, plan, wayback
+from ..arithmetic import numerics
+from ..arithmetic.floats import Bits
 from ..axes import Expr, Kernel, Read, evaluate, reads
-from ..blocks import blocks
+from ..conversion import plan, wayback
+from ..conversion.blocks import blocks
+from ..conversion.forward import Forward, dialect_named, forward, settings_from
 from ..dialects.adapter import Facts
 from ..errors import LorabridgeError
-from ..floats import Bits
-from ..forward import Forward, dialect_named, forward, settings_from
 from ..manifest import Manifest, facts_json
 from ..tensors import Source
 from .verify_inputs import Opened, VerifyOptions

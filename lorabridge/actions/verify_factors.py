@@ -9,12 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-from .. import floats, numerics
+from ..arithmetic import floats, numerics
+from ..arithmetic.floats import Numbers
 from ..axes import Expr
 from ..dialects.adapter import Adapter, LoraModule
 from ..dtypes import DType
 from ..errors import MappingError
-from ..floats import Numbers
 from ..tensors import Source
 from . import bounds
 from .thin import Difference, Thin, difference, norm, thin

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import numerics, tables
+from ..arithmetic import numerics
+from ..arithmetic.floats import Bits, Numbers
 from ..axes import Expr, evaluate
+from ..conversion.repository import Input, open_input
 from ..dialects.adapter import Adapter, Content, Dialect, Facts, Json
 from ..errors import MappingError, UsageError
-from ..floats import Bits, Numbers
+from ..families import tables
 from ..manifest import Manifest
-from ..repository import Input, open_input
 from ..tensors import Source
 from .choices import source_dialect
 from .inspect import family_candidates

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import frameworks
+from ..arithmetic.floats import Numbers
 from ..axes import Expr
 from ..dialects.adapter import LoraModule
 from ..dialects.pairs import weight_names
 from ..dialects.peft_config import unsupported_fields
 from ..dtypes import DType
 from ..errors import LorabridgeError, MappingError
-from ..floats import Numbers
 from ..tensors import Source
 from . import bounds
 from .layer_bounds import Rounded, layer_bound, rounded_between

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .. import floats, numerics
+from ..arithmetic import floats, numerics
+from ..arithmetic.floats import Bits
 from ..axes import Expr
 from ..dialects.adapter import Adapter, Extra, LoraModule, Value
 from ..dialects.pairs import weight_names
 from ..dtypes import BY_NAME, DType
 from ..errors import MappingError
-from ..floats import Bits
 from ..tensors import Source
 from .merged_values import Merged, Sums, expected_rows
 from .thin import Thin, norm, thin

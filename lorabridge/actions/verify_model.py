@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from .. import frameworks, tables
+from .. import frameworks
+from ..arithmetic.floats import Bits, Numbers, rounded
+from ..arithmetic.numerics import Notes, kernels
 from ..axes import Expr, Read, evaluate
+from ..conversion.repository import ADAPTER_CONFIG
 from ..dialects.adapter import Adapter, Extra, Facts
 from ..dialects.loralib_ms import LoralibMs
 from ..dtypes import BY_NAME, DType
 from ..errors import MappingError, UsageError
-from ..floats import Bits, Numbers, rounded
-from ..numerics import Notes, kernels
-from ..repository import ADAPTER_CONFIG
+from ..families import tables
 from . import verify_outputs as outputs
 from . import verify_torch
 from .verify_architecture import batches

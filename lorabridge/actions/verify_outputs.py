@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..floats import Numbers
+from ..arithmetic.floats import Numbers
 from .verify_report import Check, ModuleRow
 
 FACTOR = 8.0

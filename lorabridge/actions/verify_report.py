@@ -168,7 +168,7 @@ class VerifyReport:
         return {"schema": SCHEMA, "verdict": self.verdict, "summary": self.summary(), **asdict(self), "depths": depths}
 
     def _repr_html_(self) -> str:
-        from ..report import table_html
+        from ..reports.plain import table_html
 
         rows = [(name, row.path, row.kind, row.rank, row.max_abs, row.bound, row.note) for name, row in self.worst(20)]
         return table_html(self.summary(), ("depth", "module", "kind", "rank", "error", "bound", ""), rows)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from .. import frameworks, tables
+from .. import frameworks
 from ..dialects.adapter import Adapter, Json
 from ..dtypes import DType
 from ..errors import LorabridgeError, MappingError, UsageError
+from ..families import tables
 from .bounds import roundoff
 from .verify_architecture import Architecture, architecture
 from .verify_case import Case

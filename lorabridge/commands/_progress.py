@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
-from .. import report
+from ..reports import plain
 from ._terminal import write
 
 if TYPE_CHECKING:
@@ -64,6 +64,4 @@ class Progress:
         rate = done / max(time.monotonic() - self._start, 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
         share = 100 * done // total if total else 100
-        return (
-            f"{self._label}: {report.size(done)} of {report.size(total)} ({share} %), {report.size(int(rate))}/s{left}"
-        )
+        return f"{self._label}: {plain.size(done)} of {plain.size(total)} ({share} %), {plain.size(int(rate))}/s{left}"

@@ -11,7 +11,8 @@ from types import FrameType
 
 import click
 
-from .. import errors, report
+from .. import errors
+from ..reports import plain
 from . import COMMANDS
 from ._group import cli
 from ._terminal import BOLD, RED, prepare, print_document, write
@@ -114,7 +115,7 @@ def _tell(error: errors.LorabridgeError, args: Sequence[str], raised: BaseExcept
         print_document(command_of(args), {"error": error.as_json()})
         sys.stdout.flush()
     if not as_json or not sys.stdout.isatty():
-        problem, _, hint = report.error_text(error).partition("\nhint: ")
+        problem, _, hint = plain.error_text(error).partition("\nhint: ")
         write(sys.stderr, problem, label="error: ", code=RED)
         if hint:
             write(sys.stderr, hint, label="hint: ", code=BOLD)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
-from .. import report
+from ..reports import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -57,7 +57,7 @@ def write(stream: TextIO | None, text: str, *, label: str = "", code: str = "") 
     if stream is None:
         return
     encoding = (getattr(stream, "encoding", None) or "ascii").lower().replace("-", "")
-    text = report.escape(text, keep="\n")
+    text = plain.escape(text, keep="\n")
     if not encoding.startswith("utf"):
         text = text.translate(_ASCII)
     if label and code and colours(stream):
@@ -96,17 +96,17 @@ class Output:
         """Print warnings, under --quiet too: they say what the user must know."""
         for text in texts:
             if not self.json:
-                write(sys.stderr, report.escape(text), label="warning: ", code=YELLOW)
+                write(sys.stderr, plain.escape(text), label="warning: ", code=YELLOW)
 
     def hint(self, text: str, *, label: str = "hint: ") -> None:
         """Print advice; not under --quiet."""
         if not self.json and not self.quiet:
-            write(sys.stderr, report.escape(text), label=label, code=BOLD)
+            write(sys.stderr, plain.escape(text), label=label, code=BOLD)
 
 
 def print_document(command: str, content: Mapping[str, object]) -> None:
     """Print a JSON document with the schema of a command."""
     name = command.replace(" ", "-") or "error"
-    text = report.json_text({"schema": f"lorabridge/{name}/1", **content})
+    text = plain.json_text({"schema": f"lorabridge/{name}/1", **content})
     if sys.stdout is not None:
         sys.stdout.write(text + "\n")

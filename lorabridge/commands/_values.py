@@ -74,7 +74,7 @@ def dialects() -> list[str]:
 
 def known_family(name: str, mappings: Path | None, *, hint: str) -> str:
     """Return the name of a family table; a BadParameter suggests near names. An InputError names a malformed table."""
-    from ..tables import family_names
+    from ..families.tables import family_names
 
     known = family_names(mappings)
     if name not in known:
@@ -84,7 +84,7 @@ def known_family(name: str, mappings: Path | None, *, hint: str) -> str:
 
 def matching_families(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Return the families that begin as typed, for the shell."""
-    from ..tables import family_names
+    from ..families.tables import family_names
 
     return [CompletionItem(name) for name in family_names(ctx.params.get("mappings")) if name.startswith(incomplete)]
 

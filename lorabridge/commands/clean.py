@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .. import report as text
+from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import output_options
 from ._terminal import Output
 
 if TYPE_CHECKING:
-    from ..staging import StagingArea
+    from ..files.staging import StagingArea
 
 
 @documented(
@@ -43,9 +43,9 @@ def clean(directory: Path, dry_run: bool, json: bool, quiet: bool, verbose: bool
         return
     verb = "would remove" if dry_run else "removed"
     for area in done.removed:
-        out.summary(f"{verb} {text.escape(str(area.path))} ({text.size(area.size)}, {_age(area.age)} old)")
+        out.summary(f"{verb} {plain.escape(str(area.path))} ({plain.size(area.size)}, {_age(area.age)} old)")
     if not done.removed:
-        out.summary(f"nothing to remove in {text.escape(str(directory))}")
+        out.summary(f"nothing to remove in {plain.escape(str(directory))}")
     for area in done.held:
         out.hint(f"{area.path} belongs to a running conversion", label="note: ")
     if dry_run and done.removed:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .. import report as text
+from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import facts_for, mappings_option, output_options, progress_option, target_options
 from ._progress import Progress
@@ -103,10 +103,10 @@ def combine(
     if json:
         out.document(done.as_json())
         return
-    line = f"{text.escape(done.summary())} ({text.size(done.nbytes)})"
+    line = f"{plain.escape(done.summary())} ({plain.size(done.nbytes)})"
     out.summary(line if dry_run else f"{line} in {done.seconds:.1f} s")
     if verbose:
-        out.result(text.table(HEADER, done.rows(), right="  rrrr", width=width()))
+        out.result(plain.table(HEADER, done.rows(), right="  rrrr", width=width()))
     else:
         off = [row.apart for row in done.modules if row.apart]
         if off:

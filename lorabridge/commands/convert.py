@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from .. import report as text
+from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import (
     NamedGiven,
@@ -153,27 +153,29 @@ def _options(given: Given) -> ConvertOptions:
 
 
 def _show(out: Output, done: ConvertReport) -> None:
-    line = f"{text.escape(done.summary())} ({text.size(done.nbytes)})"
+    line = f"{plain.escape(done.summary())} ({plain.size(done.nbytes)})"
     out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
     if out.verbose:
-        rows = [(m.path, m.kind, text.number(m.rank), text.number(m.alpha), text.number(m.scaling), m.features)
+        rows = [(m.path, m.kind, plain.number(m.rank), plain.number(m.alpha), plain.number(m.scaling), m.features)
                 for m in done.modules]  # fmt: skip
         if rows:
             header = ("module", "kind", "rank", "alpha", "scaling", "")
-            out.result(text.table(header, rows, right="  rrr", width=width()))
+            out.result(plain.table(header, rows, right="  rrr", width=width()))
         for line in _details(done):
-            out.result(text.escape(line))
+            out.result(plain.escape(line))
     else:
         _count(out, done)
     if done.rounding:
         worst = max(done.rounding, key=lambda row: row.worst)
-        out.warn([f"{text.count(len(done.rounding), 'tensor')} rounded, at worst {_rounding(worst)}"])
+        out.warn([f"{plain.count(len(done.rounding), 'tensor')} rounded, at worst {_rounding(worst)}"])
         lost = sum(row.overflowed for row in done.rounding)
         if lost:
-            out.warn([f"{text.count(lost, 'value')} beyond the type's range became its largest or infinite"])
+            out.warn([f"{plain.count(lost, 'value')} beyond the type's range became its largest or infinite"])
     if done.compressed:
         most = max(done.compressed, key=lambda row: row.error)
-        said = f"{text.count(len(done.compressed), 'module')} compressed, the delta changes at most by {most.error:.1e}"
+        said = (
+            f"{plain.count(len(done.compressed), 'module')} compressed, the delta changes at most by {most.error:.1e}"
+        )
         out.warn([f"{said} of its norm ({most.path})"])
     out.warn(done.warnings)
     notes = done.notes if out.verbose else done.notes[:NOTES]
@@ -199,9 +201,9 @@ def _rounding(row: RoundingRow) -> str:
 
 def _count(out: Output, done: ConvertReport) -> None:
     left = [(len(done.left_out), "left out on purpose"), (len(done.unselected), "not selected")]
-    parts = [f"{text.count(number, 'tensor')} {what}" for number, what in left if number]
+    parts = [f"{plain.count(number, 'tensor')} {what}" for number, what in left if number]
     if parts:
         out.hint(f"{', '.join(parts)}; -v lists them", label="note: ")
     if done.not_carried:
-        out.hint(f"{text.count(len(done.not_carried), 'file')} beside the source not carried: "
+        out.hint(f"{plain.count(len(done.not_carried), 'file')} beside the source not carried: "
                  f"{', '.join(done.not_carried[:5])}", label="note: ")  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .. import report as text
+from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import facts_for, mappings_option, output_options, progress_option
 from ._progress import Progress
@@ -93,17 +93,17 @@ def diff(
     if json:
         out.document(found.as_json())
     else:
-        out.summary(text.escape(found.summary()))
+        out.summary(plain.escape(found.summary()))
         rows = found.rows(every=verbose)
         shown = rows if verbose else rows[:SHOWN]
         if shown and not quiet:
-            out.result(text.table(HEADER, shown, right=" rrrr", width=width()))
+            out.result(plain.table(HEADER, shown, right=" rrrr", width=width()))
         if len(rows) > len(shown):
             out.hint(f"{len(rows) - len(shown)} more differ; -v lists them", label="note: ")
         if found.unselected:
-            out.hint(f"{text.count(found.unselected, 'tensor')} not selected", label="note: ")
+            out.hint(f"{plain.count(found.unselected, 'tensor')} not selected", label="note: ")
         if found.left_out:
             names = ", ".join(name for name, _ in found.left_out[:3])
-            out.hint(f"{text.count(len(found.left_out), 'tensor')} not compared: {names}", label="note: ")
+            out.hint(f"{plain.count(len(found.left_out), 'tensor')} not compared: {names}", label="note: ")
     if not found.same:
         context.exit(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .. import report as text
+from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import facts_for, mappings_option, output_options, progress_option, target_options
 from ._progress import Progress
@@ -90,20 +90,20 @@ def extract(
     if json:
         out.document(done.as_json())
         return
-    line = f"{text.escape(done.summary())} ({text.size(done.nbytes)})"
+    line = f"{plain.escape(done.summary())} ({plain.size(done.nbytes)})"
     out.summary(line if dry_run else f"{line} in {done.seconds:.1f} s")
     if verbose:
-        out.result(text.table(HEADER, done.rows(), right="   rrrr", width=width()))
+        out.result(plain.table(HEADER, done.rows(), right="   rrrr", width=width()))
         for name in done.beside:
-            out.result(f"taken over whole: {text.escape(name)}")
+            out.result(f"taken over whole: {plain.escape(name)}")
         for name, why in done.left_out:
-            out.result(text.escape(f"left out: {name} ({why})"))
+            out.result(plain.escape(f"left out: {name} ({why})"))
     elif done.modules:
         worst = min(done.modules, key=lambda row: row.energy)
         out.hint(f"least retained: {100 * worst.energy:.4g} % of {worst.path} (rank {worst.rank}); -v lists all",
                  label="note: ")  # fmt: skip
     if done.left_out and not verbose:
-        out.hint(f"{text.count(len(done.left_out), 'tensor')} left out; -v lists them", label="note: ")
+        out.hint(f"{plain.count(len(done.left_out), 'tensor')} left out; -v lists them", label="note: ")
     out.warn(done.warnings)
     for note in done.notes:
         out.hint(note, label="note: ")

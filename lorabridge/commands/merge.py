@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from .. import report as text
+from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import (
     NamedGiven,
@@ -120,7 +120,7 @@ def merge(base: Path, adapters: tuple[Path, ...], target: str, **given: Unpack[G
         return
     _show(out, done)
     if kept is not None:
-        out.summary(text.escape(kept.sentence()))
+        out.summary(plain.escape(kept.sentence()))
 
 
 def _options(given: Given) -> MergeOptions:
@@ -147,7 +147,7 @@ def read_weights(given: str | None) -> tuple[float, ...]:
 
 
 def _show(out: Output, done: MergeReport) -> None:
-    line = f"{text.escape(done.summary())} ({text.size(done.nbytes)})"
+    line = f"{plain.escape(done.summary())} ({plain.size(done.nbytes)})"
     out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
     if done.rows:
         out.result(f"{done.vanished:.1%} of the deltas vanished in rounding; largest error {done.error:.1e}")
@@ -158,11 +158,11 @@ def _show(out: Output, done: MergeReport) -> None:
         ]
         if rows:
             header = ("parameter", "delta/weight", "changed", "vanished", "error")
-            out.result(text.table(header, rows, right=" rrrr", width=width()))
+            out.result(plain.table(header, rows, right=" rrrr", width=width()))
         for name, why in done.left_out:
-            out.result(text.escape(f"left out: {name} ({why})"))
+            out.result(plain.escape(f"left out: {name} ({why})"))
         for name in done.replaced:
-            out.result(text.escape(f"replaced: {name}"))
+            out.result(plain.escape(f"replaced: {name}"))
     out.warn(done.warnings)
     for note in done.notes:
         out.hint(note, label="note: ")

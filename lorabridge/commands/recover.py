@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .. import report as text
+from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import facts_for, mappings_option, output_options, progress_option
 from ._progress import Progress
@@ -71,14 +71,14 @@ def recover(
     if json:
         out.document(found.as_json())
     else:
-        out.summary(text.escape(found.summary()))
+        out.summary(plain.escape(found.summary()))
         rows = found.rows()
         wrong = [cells for cells, row in zip(rows, found.modules, strict=True) if not row.fits]
         shown = rows if verbose else wrong[:SHOWN] or rows[:SHOWN]
         if not quiet:
-            out.result(text.table(HEADER, shown, right=" rrrrr", width=width()))
+            out.result(plain.table(HEADER, shown, right=" rrrrr", width=width()))
         if found.fits and found.flags:
-            out.result(text.escape(" ".join(found.flags)))
+            out.result(plain.escape(" ".join(found.flags)))
             out.hint("give these flags to lorabridge convert or merge")
         if len(rows) > len(shown):
             out.hint(f"{len(rows) - len(shown)} more modules; -v lists them", label="note: ")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .. import report as text
+from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import facts_for, mappings_option, output_options, progress_option, target_options
 from ._progress import Progress
@@ -88,10 +88,10 @@ def resize(
     if json:
         out.document(done.as_json())
         return
-    line = f"{text.escape(done.summary())} ({text.size(done.conversion.nbytes)})"
+    line = f"{plain.escape(done.summary())} ({plain.size(done.conversion.nbytes)})"
     out.summary(line if dry_run else f"{line} in {done.conversion.seconds:.1f} s")
     if verbose:
-        out.result(text.table(HEADER, done.rows(), right="  rrrr", width=width()))
+        out.result(plain.table(HEADER, done.rows(), right="  rrrr", width=width()))
     out.warn(done.warnings)
     for note in done.conversion.notes:
         out.hint(note, label="note: ")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from .. import report as text
+from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import fact_options, mappings_option, output_options, progress_option, target_options
 from ._progress import Progress
@@ -87,19 +87,19 @@ def switch(
 
 
 def _show(out: Output, done: SwitchReport) -> None:
-    line = f"{text.escape(done.summary())} ({text.size(done.nbytes)})"
+    line = f"{plain.escape(done.summary())} ({plain.size(done.nbytes)})"
     out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
     if done.undo_out is not None:
-        out.summary(text.escape(done.undo_out.sentence()))
+        out.summary(plain.escape(done.undo_out.sentence()))
     if out.verbose:
         if done.rows:
             header = ("parameter", "delta/weight", "changed", "vanished", "error")
             rows = [(r.parameter, f"{r.relative:.1e}", f"{r.changed:.1%}", f"{r.vanished:.1%}", f"{r.error:.1e}")
                     for r in done.rows]  # fmt: skip
-            out.result(text.table(header, rows, right=" rrrr", width=width()))
+            out.result(plain.table(header, rows, right=" rrrr", width=width()))
         show_guesses(out, done.guesses)
         for name, why in done.left_out:
-            out.result(text.escape(f"left out: {name} ({why})"))
+            out.result(plain.escape(f"left out: {name} ({why})"))
     out.warn(done.warnings)
     for note in done.notes:
         out.hint(note, label="note: ")

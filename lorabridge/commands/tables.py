@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .. import report as text
 from ..errors import DifferentError, InputError
+from ..reports import plain
 from ._group import Command, Group, Manual, documented
 from ._options import mappings_option, output_options
 from ._terminal import Output, width
@@ -55,7 +55,7 @@ def list_(mappings: Path | None, json: bool, quiet: bool, verbose: bool) -> None
     out = Output("tables list", json, quiet, verbose)
     found = list_tables(mappings)
     if json:
-        out.document({"tables": [text.plain(table) for table in found.tables]})
+        out.document({"tables": [plain.plain(table) for table in found.tables]})
         return
     rows = [
         (
@@ -67,7 +67,7 @@ def list_(mappings: Path | None, json: bool, quiet: bool, verbose: bool) -> None
         )
         for t in found.tables
     ]
-    out.result(text.table(("family", "model types", "rules", "layouts", "file"), rows, right="  r", width=width()))
+    out.result(plain.table(("family", "model types", "rules", "layouts", "file"), rows, right="  r", width=width()))
 
 
 @documented(
@@ -91,7 +91,7 @@ def show(family: str, mappings: Path | None, json: bool, quiet: bool, verbose: b
     out = Output("tables show", json, quiet, verbose)
     found = run(known_family(family, mappings, hint="FAMILY"), mappings)
     if json:
-        out.document({"table": text.plain(found)})
+        out.document({"table": plain.plain(found)})
     else:
         out.result("\n".join([*_head(found), "", *(line for row in found.rows for line in _lines(row))]))
 
@@ -123,10 +123,10 @@ def check(ctx: click.Context, file: Path, json: bool, quiet: bool, verbose: bool
         out.document({"path": done.path, "ok": done.ok, **counted, "problems": done.problems})
     elif done.ok:
         counts = ", ".join(f"{number} {kind}" for kind, number in done.counts if number)
-        out.summary(f"{text.escape(done.path)} is a valid table of family {text.escape(done.family)} ({counts})")
+        out.summary(f"{plain.escape(done.path)} is a valid table of family {plain.escape(done.family)} ({counts})")
     else:
-        lines = [f"{text.escape(done.path)}: {text.count(len(done.problems), 'problem')}"]
-        out.result("\n".join([*lines, *(f"  {text.escape(problem)}" for problem in done.problems)]))
+        lines = [f"{plain.escape(done.path)}: {plain.count(len(done.problems), 'problem')}"]
+        out.result("\n".join([*lines, *(f"  {plain.escape(problem)}" for problem in done.problems)]))
     if not done.ok:
         ctx.exit(FOUND_PROBLEMS)
 
@@ -140,10 +140,10 @@ def _head(table: TableContent) -> list[str]:
         lines += [
             f"layout  {name}={choice}: {why}{' (default)' if choice == default else ''}" for choice, why in choices
         ]
-    return [text.escape(line) for line in lines]
+    return [plain.escape(line) for line in lines]
 
 
 def _lines(row: Row) -> list[str]:
     when = f" if {row.condition}" if row.condition else ""
     lines = [", ".join(row.hf) or "(nothing)", f"  → {', '.join(row.ms) or '(nothing)'}"]
-    return [text.escape(line) for line in (*lines, f"    {row.kind}: {row.operation}{when} ({row.line})")]
+    return [plain.escape(line) for line in (*lines, f"    {row.kind}: {row.operation}{when} ({row.line})")]

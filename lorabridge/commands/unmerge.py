@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar, Unpack
 
 import click
 
-from .. import report as text
+from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import (
     NamedGiven,
@@ -154,16 +154,16 @@ def show_guesses(out: Output, rows: Sequence[GuessRow]) -> None:
     if rows:
         header = ("parameter", "blurred", "expected wrong", "largest error")
         cells = [(r.parameter, f"{r.blurred:.2%}", f"{r.wrong:.2%}", f"{r.error:.1e}") for r in rows]
-        out.result(text.table(header, cells, right=" rrr", width=width()))
+        out.result(plain.table(header, cells, right=" rrr", width=width()))
 
 
 def _show(out: Output, done: UnmergeReport) -> None:
-    line = f"{text.escape(done.summary())} ({text.size(done.nbytes)})"
+    line = f"{plain.escape(done.summary())} ({plain.size(done.nbytes)})"
     out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
     if out.verbose:
         show_guesses(out, done.rows)
         for name, why in done.left_out:
-            out.result(text.escape(f"left out: {name} ({why})"))
+            out.result(plain.escape(f"left out: {name} ({why})"))
     out.warn(done.warnings)
     for note in done.notes:
         out.hint(note, label="note: ")

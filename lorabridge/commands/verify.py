@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from .. import report as text
+from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import (
     NamedGiven,
@@ -174,15 +174,15 @@ def _command(context: click.Context) -> str:
 
 
 def _show(out: Output, found: VerifyReport) -> None:
-    out.result(text.escape(found.summary()))
+    out.result(plain.escape(found.summary()))
     _show_modules(out, found)
     for depth in found.depths:
         _show_checks(out, depth)
     for line in found.compared:
-        out.summary(text.escape(line))
+        out.summary(plain.escape(line))
     for depth in found.depths:
         for line in depth.proved if depth.ok else ():
-            out.summary(text.escape(f"{depth.name}: {line}"))
+            out.summary(plain.escape(f"{depth.name}: {line}"))
     out.warn(found.warnings)
     if not out.verbose and not found.ok:
         out.hint("-v lists every module and place", label="note: ")
@@ -194,25 +194,25 @@ def _show_modules(out: Output, found: VerifyReport) -> None:
     shown = [item for item in found.worst(total if out.verbose else SHOWN) if out.verbose or item[1].ok is False]
     if shown:
         header = ("module", "depth", "kind", "rank", "error", "of bound", "ulps", "cosine", "")
-        out.result(text.table(header, [_cells(*item) for item in shown], right="   rrrrr", width=width()))
+        out.result(plain.table(header, [_cells(*item) for item in shown], right="   rrrrr", width=width()))
 
 
 def _show_checks(out: Output, depth: DepthResult) -> None:
     for check in depth.checks:
         if not check.ok:
-            out.result(text.escape(f"{depth.name}: not so: {check.name} ({check.detail})"))
+            out.result(plain.escape(f"{depth.name}: not so: {check.name} ({check.detail})"))
             places = check.where if out.verbose else check.where[:SHOWN]
             for place in places:
-                out.result(text.escape(f"  {place}"))
+                out.result(plain.escape(f"  {place}"))
             if len(check.where) > len(places):
                 out.result(f"  and {len(check.where) - len(places)} more")
         elif out.verbose:
-            out.result(text.escape(f"{depth.name}: {check.name}: {check.detail}"))
+            out.result(plain.escape(f"{depth.name}: {check.name}: {check.detail}"))
 
 
 def _cells(depth: str, row: ModuleRow) -> tuple[str, ...]:
     numbers = (_number(row.max_abs), _number(row.ratio), _number(row.ulps), _cosine(row.cosine))
-    return (row.path, depth, row.kind, text.number(row.rank), *numbers, row.note)
+    return (row.path, depth, row.kind, plain.number(row.rank), *numbers, row.note)
 
 
 def _number(value: float | None) -> str:

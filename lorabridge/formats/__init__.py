@@ -12,7 +12,7 @@ from .sniff import Kind, identify, refusal
 from .untrusted import refused_by_system, shown
 
 if TYPE_CHECKING:
-    from ..fsio import OutFile
+    from ..files.fsio import OutFile
     from ..tensors import Sink, Source
 
 __all__ = ["FORMATS", "Container", "Kind", "container", "format_for", "identify", "make_sink", "open_source"]

@@ -26,7 +26,7 @@ from .untrusted import MAX_RANK, open_regular, pread_into, shown
 from .wire import MAX_NAME, TRAILER, TRAILER_BYTES, Crc, Record, Window, WireError, record_header, walk
 
 if TYPE_CHECKING:
-    from ..fsio import OutFile
+    from ..files.fsio import OutFile
     from ..tensors import Bits
 
 NAME = "mindspore"

@@ -34,7 +34,7 @@ from .untrusted import (
 )
 
 if TYPE_CHECKING:
-    from ..fsio import OutFile
+    from ..files.fsio import OutFile
     from ..tensors import Bits
 
 NAME = "safetensors"

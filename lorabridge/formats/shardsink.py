@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..tensors import Extent, Sink, TensorSpec
 
 if TYPE_CHECKING:
-    from ..fsio import OutFile
+    from ..files.fsio import OutFile
     from ..tensors import Bits
     from . import Container
 

@@ -20,7 +20,7 @@ from .torchvalues import STORAGE_OF
 from .untrusted import MAX_NAME, shown
 
 if TYPE_CHECKING:
-    from ..fsio import OutFile
+    from ..files.fsio import OutFile
     from ..tensors import Bits
 
 _Piece = tuple[int, int, int]

@@ -11,7 +11,7 @@ from peft_adapters import Net, apart, deltas, loaded, saved, wrapped
 
 from lorabridge.actions.combine import CombineOptions, combine
 from lorabridge.actions.combine_methods import METHODS
-from lorabridge.blend import kept_at_random
+from lorabridge.arithmetic.blend import kept_at_random
 from lorabridge.errors import InputError, LorabridgeError, MappingError, OutputError, UsageError
 
 WEIGHTS = (0.7, -0.4)

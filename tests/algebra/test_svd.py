@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabridge import svd
+from lorabridge.arithmetic import svd
 
 
 def blocks_of(matrix, step=100):

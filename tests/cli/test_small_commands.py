@@ -12,7 +12,7 @@ import pytest
 from console import Invoke
 
 from lorabridge.actions.env import environment, problems
-from lorabridge.staging import Area, staging_path
+from lorabridge.files.staging import Area, staging_path
 
 MAPPINGS = Path(__file__).parents[2] / "mappings"
 TABLE = """

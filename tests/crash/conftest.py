@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lorabridge import syscalls
+from lorabridge.files import syscalls
 
 NAMES = [name for name in vars(syscalls.Calls) if not name.startswith("_")]
 

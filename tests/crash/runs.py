@@ -10,8 +10,8 @@ import errno
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorabridge import syscalls
-from lorabridge.fsio import Staging, find_staging
+from lorabridge.files import syscalls
+from lorabridge.files.fsio import Staging, find_staging
 
 DIGEST = "0123456789abcdef" * 4
 OTHER = "fedcba9876543210" * 4

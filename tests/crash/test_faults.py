@@ -23,7 +23,7 @@ from runs import (
 
 from lorabridge.actions.clean import clean
 from lorabridge.errors import LorabridgeError, StorageError
-from lorabridge.fsio import Staging, find_staging
+from lorabridge.files.fsio import Staging, find_staging
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -190,8 +190,8 @@ def test_racing_overwrites_leave_one_whole_output(tmp_path, directory):
 
 @pytest.mark.parametrize("directory", [False, True], ids=["file", "directory"])
 def test_racing_runs_never_mix_even_where_locks_lie(tmp_path, directory, monkeypatch):
-    monkeypatch.setattr("lorabridge.staging.try_lock", lambda fd: True)
-    monkeypatch.setattr("lorabridge.fsio.try_lock", lambda fd: True)
+    monkeypatch.setattr("lorabridge.files.staging.try_lock", lambda fd: True)
+    monkeypatch.setattr("lorabridge.files.fsio.try_lock", lambda fd: True)
     for turn in range(10):
         root = tmp_path / f"{turn}"
         root.mkdir()

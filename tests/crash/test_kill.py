@@ -21,7 +21,7 @@ from runs import (
 
 from lorabridge.actions.clean import clean
 from lorabridge.errors import OutputError
-from lorabridge.fsio import Staging, find_staging
+from lorabridge.files.fsio import Staging, find_staging
 
 
 def killed(seam, number: int, torn: bool, run) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from lorabridge import axes, numerics
+from lorabridge import axes
+from lorabridge.arithmetic import numerics
 from lorabridge.dialects.adapter import Content, Fact, Facts
 from lorabridge.dtypes import BY_TORCH, DType
 from lorabridge.tensors import TensorSpec

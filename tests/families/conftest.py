@@ -12,7 +12,7 @@ import pytest
 from lorabridge import axes
 from lorabridge.dialects.adapter import Adapter, Extra, LoraModule, Scaling, Term
 from lorabridge.dtypes import BY_NAME
-from lorabridge.tables import Table, load_tables
+from lorabridge.families.tables import Table, load_tables
 from lorabridge.tensors import TensorSpec
 
 F64 = BY_NAME["float64"]

@@ -12,7 +12,7 @@ import pytest
 from lorabridge import axes
 from lorabridge.dialects.adapter import Adapter, Extra, LoraModule, Scaling, Term
 from lorabridge.errors import MappingError
-from lorabridge.tables import Table, load_table, map_adapter, sizes_from_config
+from lorabridge.families.tables import Table, load_table, map_adapter, sizes_from_config
 
 from .conftest import F64, Store, delta, lora
 

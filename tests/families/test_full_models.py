@@ -9,7 +9,7 @@ import pytest
 from lorabridge import axes
 from lorabridge.dialects.adapter import Adapter
 from lorabridge.errors import MappingError, UsageError
-from lorabridge.tables import (
+from lorabridge.families.tables import (
     Table,
     check_complete,
     detect_family,

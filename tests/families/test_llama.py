@@ -12,7 +12,15 @@ import torch
 from lorabridge import axes
 from lorabridge.dialects.adapter import Adapter
 from lorabridge.errors import LorabridgeError, MappingError
-from lorabridge.tables import Table, check_complete, detect_family, map_adapter, names, sizes_from_config, tied_checks
+from lorabridge.families.tables import (
+    Table,
+    check_complete,
+    detect_family,
+    map_adapter,
+    names,
+    sizes_from_config,
+    tied_checks,
+)
 
 from .conftest import Store, delta, lora, model, reread
 

@@ -7,7 +7,7 @@ import pytest
 
 from lorabridge import axes
 from lorabridge.dialects.adapter import Adapter, Extra, LoraModule, Scaling, Term
-from lorabridge.tables import Table, map_adapter, sizes_from_config
+from lorabridge.families.tables import Table, map_adapter, sizes_from_config
 
 from .conftest import F64, Store, delta
 

@@ -19,8 +19,8 @@ from mindspore.train import serialization
 
 from lorabridge.dtypes import BY_MINDSPORE, BY_NAME, DTYPES, DType
 from lorabridge.errors import InputError, MappingError
+from lorabridge.files.fsio import Staging
 from lorabridge.formats import msckpt
-from lorabridge.fsio import Staging
 from lorabridge.tensors import Extent, TensorSpec
 
 serialization._get_available_memory = lambda: None  # 2.10 takes free memory for available memory
@@ -29,7 +29,7 @@ LOADABLE = [BY_MINDSPORE[name] for name in serialization.tensor_to_ms_type if na
 
 
 class PlainFile:
-    """Stand in for ``lorabridge.fsio.OutFile``."""
+    """Stand in for ``lorabridge.files.fsio.OutFile``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

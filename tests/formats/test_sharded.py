@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 from lorabridge.dtypes import BY_NAME
 from lorabridge.errors import InputError, LorabridgeError, MappingError, UsageError
+from lorabridge.files.fsio import Staging
 from lorabridge.formats import FORMATS, make_sink, open_source
 from lorabridge.formats.sharded import MAX_OPEN, open_index
 from lorabridge.formats.shardsink import main_file, split
-from lorabridge.fsio import Staging
 from lorabridge.tensors import Source, TensorSpec
 
 FILES = {"safetensors": "model.safetensors", "torch": "pytorch_model.bin", "mindspore": "model.ckpt"}

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lorabridge import addition, tasks
 from lorabridge.actions.choices import ConvertOptions
 from lorabridge.actions.convert import convert
 from lorabridge.actions.merge import MergeOptions, merge
+from lorabridge.arithmetic import addition
+from lorabridge.conversion import tasks
 from lorabridge.errors import LorabridgeError, MappingError, UsageError
 
 Tensors = dict[str, np.ndarray]

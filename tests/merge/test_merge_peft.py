@@ -131,8 +131,8 @@ def test_at_most_one_in_100000_elements_differs_from_the_correctly_rounded_sum(t
 
 def correctly_rounded(x: torch.Tensor, name: str) -> torch.Tensor:
     """Round float64 once; torch goes through float32."""
+    from lorabridge.arithmetic.floats import encode, rounded
     from lorabridge.dtypes import BY_NAME
-    from lorabridge.floats import encode, rounded
 
     dtype = BY_NAME[name]
     bits = encode(rounded(np.ascontiguousarray(x.numpy()), dtype), dtype)

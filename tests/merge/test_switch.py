@@ -18,7 +18,7 @@ from lorabridge.actions.switch import switch
 from lorabridge.actions.undo import UndoWriter
 from lorabridge.actions.unmerge import unmerge
 from lorabridge.errors import InputError, MappingError, OutputError
-from lorabridge.undo import UndoFile
+from lorabridge.merging.undo import UndoFile
 
 KINDS: dict[str, dict[str, object]] = {
     "plain": {},

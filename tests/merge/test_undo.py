@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lorabridge import deltas
-from lorabridge import undo as undo_module
+from lorabridge.arithmetic import deltas
+from lorabridge.arithmetic.entropy import MalformedError, entropy_bits
+from lorabridge.arithmetic.floats import encode, rounded, values
+from lorabridge.arithmetic.residue import extract, inverse, ordinals, pack, restore, unordinals
 from lorabridge.dtypes import BY_NAME, DType
-from lorabridge.entropy import MalformedError, entropy_bits
 from lorabridge.errors import DifferentError, InputError, OutputError
-from lorabridge.floats import encode, rounded, values
-from lorabridge.residue import extract, inverse, ordinals, pack, restore, unordinals
-from lorabridge.undo import MAGIC, Checksum, Recorder, UndoFile, block_rows
+from lorabridge.merging import undo as undo_module
+from lorabridge.merging.undo import MAGIC, Checksum, Recorder, UndoFile, block_rows
 
 TYPES = [BY_NAME[name] for name in ("bfloat16", "float16", "float32", "float64")]
 by_type = pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -124,8 +124,8 @@ def test_a_model_merged_into_the_other_frameworks_file_comes_back(
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_blocks_and_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setattr("lorabridge.tasks.MERGED", 50_000)
-    monkeypatch.setattr("lorabridge.undo.BLOCK", 50_000)
+    monkeypatch.setattr("lorabridge.conversion.tasks.MERGED", 50_000)
+    monkeypatch.setattr("lorabridge.merging.undo.BLOCK", 50_000)
     rng = np.random.default_rng(workers)
     base = plain_model(tmp_path / "b.safetensors", {"a.weight": (torch.randn(700, 300) * 0.02).to(torch.bfloat16)})
     factors = {"a": (rng.standard_normal((4, 300), np.float32), rng.standard_normal((700, 4), np.float32) * 1e-3)}

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lorabridge import axes, numerics
+from lorabridge import axes
+from lorabridge.arithmetic import numerics
 from lorabridge.axes import Compute, Join, Read, Reorder, Reshape, ShapeError, Slice, Zeros
 from lorabridge.dtypes import BY_NAME
 from lorabridge.tensors import TensorSpec

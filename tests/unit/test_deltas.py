@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabridge.deltas import DIGITS, Factors, Matrix, delta_rows, prepare, product
+from lorabridge.arithmetic.deltas import DIGITS, Factors, Matrix, delta_rows, prepare, product
 
 
 def factors(rows: int, rank: int, columns: int, seed: int = 0, *, wide: bool = False) -> tuple[Matrix, Matrix]:
@@ -120,7 +120,7 @@ def test_factors_that_do_not_fit_are_refused() -> None:
 
 def test_the_bits_do_not_depend_on_blas_threads() -> None:
     code = (
-        "import hashlib, numpy as np; from lorabridge.deltas import product; r = np.random.default_rng(3);"
+        "import hashlib, numpy as np; from lorabridge.arithmetic.deltas import product; r = np.random.default_rng(3);"
         "b = r.standard_normal((700, 48)); a = r.standard_normal((48, 900));"
         "print(hashlib.sha256(product(b, a, exact=True).tobytes() + product(b, a).tobytes()).hexdigest())"
     )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lorabridge.entropy import MalformedError, decode, encode, entropy_bits
+from lorabridge.arithmetic.entropy import MalformedError, decode, encode, entropy_bits
 
 SHAPES = hnp.array_shapes(min_dims=1, max_dims=1, min_side=0, max_side=700)
 

@@ -19,12 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabridge import axes, execute
-from lorabridge.blocks import BLOCK, blocks, copy_tiled
+from lorabridge import axes
+from lorabridge.conversion import execute
+from lorabridge.conversion.blocks import BLOCK, blocks, copy_tiled
+from lorabridge.conversion.plan import Plan, build
 from lorabridge.dtypes import BY_NAME
 from lorabridge.errors import InputError, MappingError
-from lorabridge.fsio import OutFile, Staging
-from lorabridge.plan import Plan, build
+from lorabridge.files.fsio import OutFile, Staging
 from lorabridge.tensors import Extent, TensorSpec
 
 F32, F16, U8 = BY_NAME["float32"], BY_NAME["float16"], BY_NAME["uint8"]
@@ -171,7 +172,7 @@ def test_output_is_the_same_in_blocks_of_a_few_bytes(tmp_path, monkeypatch):
     plan = everything(source)
     want = expected(source, plan)
     for size in (8, 100, 1000):
-        monkeypatch.setattr("lorabridge.blocks.BLOCK", size)
+        monkeypatch.setattr("lorabridge.conversion.blocks.BLOCK", size)
         monkeypatch.setattr(execute, "CHUNK", size)
         monkeypatch.setattr(execute, "READ", size)
         for digests in (False, True):
@@ -197,7 +198,7 @@ def test_blocks_join_to_the_evaluated_expression(data):
         else:
             expr = axes.reshape(expr, (*expr.shape[:axis], int(np.prod(expr.shape[axis:]))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorabridge.blocks.BLOCK", data.draw(st.sampled_from([2, 16, 64, BLOCK])))
+        patch.setattr("lorabridge.conversion.blocks.BLOCK", data.draw(st.sampled_from([2, 16, 64, BLOCK])))
         got = b"".join(block.tobytes() for block in blocks(expr, lambda _: base, {}))
     assert got == np.ascontiguousarray(axes.evaluate(expr, lambda _: base, {})).tobytes()
 

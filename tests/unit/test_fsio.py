@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorabridge import syscalls
 from lorabridge.actions.clean import clean
 from lorabridge.errors import InputError, OutputError, StorageError
-from lorabridge.fsio import OutFile, Staging, find_staging, remove_staging, require_space
+from lorabridge.files import syscalls
+from lorabridge.files.fsio import OutFile, Staging, find_staging, remove_staging, require_space
 
 DIGEST = "0123456789abcdef" * 4
 OTHER = "f" * 64

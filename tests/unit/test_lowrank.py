@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabridge import lowrank
+from lorabridge.arithmetic import lowrank
 
 
 def pair(m, n, r, seed):

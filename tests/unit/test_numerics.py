@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabridge import axes, floats, numerics
+from lorabridge import axes
+from lorabridge.arithmetic import floats, numerics
 from lorabridge.dtypes import BY_NAME, DTYPES
 from lorabridge.errors import InputError, MappingError
 from lorabridge.tensors import TensorSpec

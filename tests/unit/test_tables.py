@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabridge import axes, tables
+from lorabridge import axes
 from lorabridge.actions.tables import check, list_tables, show
 from lorabridge.dtypes import BY_NAME
 from lorabridge.errors import InputError, MappingError, UsageError
-from lorabridge.layouts import fuse_rows, split_rows
+from lorabridge.families import tables
+from lorabridge.families.layouts import fuse_rows, split_rows
 from lorabridge.sizes import Size, SizeError, config_integer
 from lorabridge.tensors import TensorSpec
 
@@ -330,7 +331,7 @@ def test_the_example_of_the_grammar_page_is_a_table() -> None:
 
 def test_a_shipped_table_is_filed_under_its_family() -> None:
     """`load_family` opens one file; it may rely on the name."""
-    from lorabridge.tables import family_names, load_family, load_tables
+    from lorabridge.families.tables import family_names, load_family, load_tables
 
     assert family_names() == sorted(load_tables())
     assert all(load_family(name).family == name for name in family_names())

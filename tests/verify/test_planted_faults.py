@@ -169,7 +169,7 @@ def test_nan_on_both_sides_cannot_be_run(pair: Path) -> None:
 @given(data=st.data())
 def test_one_bit_changed_anywhere(pair: Path, data: st.DataObject) -> None:
     """Any bit of any tensor, on either side, with and without a manifest."""
-    from lorabridge.repository import open_input
+    from lorabridge.conversion.repository import open_input
 
     name = data.draw(st.sampled_from(["peft/adapter_model.safetensors", "out.ckpt", "bare.ckpt"]))
     path = pair / name

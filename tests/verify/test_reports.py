@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from lorabridge import report_svg as svg
 from lorabridge.actions import report_file
 from lorabridge.actions.verify_report import Check, ComparedFile, DepthResult, ModuleRow, VerifyReport
 from lorabridge.errors import OutputError, UsageError
-from lorabridge.report_html import page
-from lorabridge.report_markdown import code, markdown, plain
+from lorabridge.reports import svg
+from lorabridge.reports.html import page
+from lorabridge.reports.markdown import code, markdown, plain
 
 HOSTILE = [
     "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a\u202eb\x1b[31m\u200b", "x' onload='y", "a|b`c``d",
@@ -262,7 +262,7 @@ def test_paths_that_cannot_hold_a_report_are_refused_beforehand(tmp_path: Path) 
 def test_a_png_is_drawn_where_matplotlib_is_installed_and_refused_where_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorabridge import report_png
+    from lorabridge.reports import png as report_png
 
     monkeypatch.setattr(report_png, "available", lambda: "matplotlib not installed")
     with pytest.raises(UsageError, match="needs matplotlib"):

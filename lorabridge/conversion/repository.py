@@ -1,0 +1,173 @@
+"""Repository layouts: which files make up one input, and where one output goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .. import formats, manifest
+from ..dialects.adapter import Content, Facts, Json
+from ..errors import InputError, UsageError
+from ..tensors import Source
+
+ADAPTER_CONFIG = "adapter_config.json"
+MODEL_CONFIG = "config.json"
+ADAPTER_STEM = "adapter_model"
+MAX_CONFIG_BYTES = 16 << 20
+Framework = Literal["torch", "mindspore"]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One checkpoint with what lies beside it.
+
+    ``adapter_config`` and ``model_config`` are JSON objects read as data; ``config_from`` names the file or manifest
+    the adapter config came from; ``stated``: facts from a sidecar written by hand; ``companions``: files of the
+    directory that a conversion does not carry.
+    """
+
+    path: Path
+    source: Source
+    adapter_config: Json | None
+    model_config: Json | None
+    config_from: str
+    manifest: manifest.Manifest | None
+    stated: Facts
+    companions: tuple[Path, ...]
+
+    def content(self, facts: Facts | None = None) -> Content:
+        """Return what dialects read; the container's name is added to the metadata as "container"."""
+        metadata = {k: v for k, v in self.source.metadata.items() if k != manifest.METADATA_KEY}
+        metadata["container"] = self.source.format
+        return Content(self.source.specs, metadata, self.adapter_config, facts or Facts(), str(self.path))
+
+
+def open_input(path: Path, *, config: Path | None = None) -> Input:
+    """Open a file or a directory; headers, configs and the manifest only.
+
+    ``config`` names an adapter_config.json or a model's config.json, told apart by their fields, and outranks what is
+    found. Without it they come from the directory or from beside the file, else from the manifest; a lone
+    file's manifest outranks what merely lies beside it.
+    Raises InputError for anything malformed, with the file.
+    """
+    path = Path(path)
+    if "\0" in str(path):
+        raise InputError("a path cannot hold a zero byte", where=repr(str(path)), hint="check the path")
+    source = formats.open_source(weights_path(path))
+    try:
+        found, stated = manifest.find(path, source.metadata)
+        folder = path if path.is_dir() else path.parent
+        kept = found if found is not None and found.describes(source.specs) else None
+        adapter_config, config_from, model_config = None, "", None
+        if kept is None or path.is_dir():
+            adapter_config, config_from = _beside(folder / ADAPTER_CONFIG)
+            model_config, _ = _beside(folder / MODEL_CONFIG)
+        if kept is not None and adapter_config is None:
+            adapter_config, config_from = kept.target.config, "the manifest"
+        if kept is not None and model_config is None:
+            model_config = kept.model_config
+        if config is not None:
+            given = read_json(config)
+            if "peft_type" in given:
+                adapter_config, config_from = given, str(config)
+            else:
+                model_config = given
+        known = {ADAPTER_CONFIG, MODEL_CONFIG, "lorabridge.json", *_own_files(source)}
+        extra = tuple(sorted(p for p in folder.iterdir() if p.name not in known)) if path.is_dir() else ()
+        return Input(path, source, adapter_config, model_config, config_from, found, stated, extra)
+    except BaseException:
+        source.close()
+        raise
+
+
+def weights_path(path: Path) -> Path:
+    """Return the file that holds an input's tensors: the adapter's weights inside a peft directory, else ``path``."""
+    if not path.is_dir():
+        return path
+    held = [p for p in sorted(path.glob(f"{ADAPTER_STEM}.*")) if p.is_file() and not p.name.endswith(".json")]
+    if len(held) > 1:
+        raise InputError(
+            "the directory holds several adapter files", where=[str(p) for p in held], hint="name the file you mean"
+        )
+    return held[0] if held else path
+
+
+def _own_files(source: Source) -> set[str]:
+    files = {source.path.name}
+    for name in source.specs:
+        files.update(extent.path.name for extent in source.extents(name))
+    return files
+
+
+def _beside(path: Path) -> tuple[Json | None, str]:
+    return (read_json(path), str(path)) if path.is_file() else (None, "")
+
+
+def read_json(path: Path) -> Json:
+    """Read a JSON object as data; duplicate keys, NaN and anything but an object are refused."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            raise ValueError("a key stands twice")
+        return out
+
+    def constant(text: str) -> object:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"over {MAX_CONFIG_BYTES >> 20} MiB")
+        raw = json.loads(path.read_text("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except OSError as error:
+        raise InputError(f"cannot read the config: {error.strerror}", where=str(path), hint="check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"config is not valid JSON: {error}", where=str(path), hint="repair the file") from error
+    if not isinstance(raw, Mapping):
+        raise InputError("config is not a JSON object", where=str(path), hint="give the config file itself")
+    return raw
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where a conversion writes: one container file, in a directory of its own or as it stands."""
+
+    target: Path
+    directory: bool
+    file: str
+    format: str
+
+
+def plan_output(target: Path | str, *, framework: Framework, adapter: bool) -> Output:
+    """Decide container and file name from the target's path.
+
+    A path with a container's suffix is a file; one without a suffix, an existing directory or a path that ends in a
+    slash is a directory, which gets safetensors for PyTorch and .ckpt for MindSpore. Raises UsageError for an unknown
+    suffix.
+    """
+    path = Path(target)
+    text = str(target)
+    if "\0" in text:
+        raise UsageError("a path cannot hold a zero byte", where=repr(text), hint="choose another name")
+    if _is_directory(target):
+        stem = ADAPTER_STEM if adapter else "model"
+        suffix, format_name = (".safetensors", "safetensors") if framework == "torch" else (".ckpt", "mindspore")
+        return Output(path, True, stem + suffix, format_name)
+    return Output(path, False, path.name, formats.format_for(path))
+
+
+def _is_directory(target: Path | str) -> bool:
+    path = Path(target)
+    return path.is_dir() or str(target).endswith("/") or not path.suffix
+
+
+def framework_of(target: Path | str) -> Framework | None:
+    """Return the framework that a target's suffix decides; None for a directory and where both use the container."""
+    if _is_directory(target):
+        return None
+    name = formats.format_for(Path(target))
+    known: dict[str, Framework] = {"torch": "torch", "mindspore": "mindspore"}
+    return known.get(name)

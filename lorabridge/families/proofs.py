@@ -1,0 +1,200 @@
+"""What is proved of a family table when it loads, before any checkpoint is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+from ..names import Template
+from ..sizes import Size, SizeError
+from .rules import Layout, Rule, RuleRef, SideName, Slot, Table, slots
+
+_SIDES: tuple[SideName, SideName] = ("hf", "ms")
+
+Claim = tuple[Template, RuleRef, tuple[tuple[str, str], ...]]
+
+
+def prove(table: Table) -> list[str]:
+    """Return every law of a reversible table that this one breaks, each with its line; empty when it holds.
+
+    The laws: all templates of a rule have the same holes, with equally many options; on each side no two rules
+    that can hold together fit one name, under any of the prefixes; parts divide by groups; every size, hole, layout
+    and choice that is used is declared; every drop has a reason; a tie points at a mapped parameter;
+    ``table.reverse().reverse() == table``.
+    """
+    problems = list(chain(_identity(table), _sizes(table), _layouts(table), _ties(table), _buffers(table)))
+    for rule in table.rules:
+        problems += [f"{rule.ref}: {problem}" for problem in _rule(table, rule)]
+    if not problems:
+        problems = list(chain(_overlaps(table, "hf"), _overlaps(table, "ms")))
+    if table.reverse().reverse() != table:
+        problems.append(f"{table.file}: reversing twice does not give the table back")
+    return problems
+
+
+def _identity(table: Table) -> Iterator[str]:
+    if not table.family.replace("-", "_").isidentifier():
+        yield f"{table.file}: family {table.family[:40]!r} is not a plain word"
+    content = table.rules or table.tied or table.buffers or table.layouts or table.sizes or table.holes
+    if table.identity and (content or table.hf_prefix.text or table.ms_prefix.text):
+        yield f"{table.file}: an identity table has no rules, sizes or prefixes"
+    if not table.identity and not table.rules:
+        yield f"{table.file}: the table has no rules"
+
+
+def _rule(table: Table, rule: Rule) -> Iterator[str]:
+    templates = [*rule.hf.templates, *rule.ms.templates]
+    for template in templates[1:]:
+        if template.holes != templates[0].holes:
+            yield (
+                f"{template} has the holes {_holes(template)} and {templates[0]} has {_holes(templates[0])}; "
+                "both sides need the same holes with equally many options"
+            )
+    counted = {name for name, _ in table.holes}
+    for name, options in templates[0].holes.items():
+        if not options and name not in counted:
+            yield f"integer hole {{{name}}} is not in [holes]"
+    declared = {name for name, _ in table.sizes}
+    for size in rule.sizes:
+        for field in size.fields:
+            if field not in declared:
+                yield f"{field!r} in {size.text!r} is not in [sizes]"
+    if len(rule.parts) > 1 and any(size.free for size in rule.out):
+        yield "the parts of a fused module need sizes, not '?'"
+    yield from _groups(rule)
+    if rule.kind == "param":
+        for side in _SIDES:
+            if "." not in rule.side(side).templates[0].text:
+                yield f"{side} must be module.parameter"
+    for key, choice in rule.when:
+        yield from _choice(table.layouts, key, choice)
+
+
+def _groups(rule: Rule) -> Iterator[str]:
+    """Compare what is constant; sizes that come from a config are compared when it is read."""
+    try:
+        groups = 0 if rule.groups.fields else rule.groups.value({})
+        for part, size in zip(rule.parts, rule.out, strict=False):
+            if groups and not size.fields and size.value({}) % groups:
+                yield f"part {part!r} has {size} rows, which do not divide by groups = {groups}"
+    except SizeError as error:
+        yield str(error)
+
+
+def _holes(template: Template) -> str:
+    parts = [f"{{{name}}}" if not n else f"{{{name}: {n} options}}" for name, n in template.holes.items()]
+    return ", ".join(parts) or "none"
+
+
+def _choice(layouts: tuple[Layout, ...], key: str, choice: str) -> Iterator[str]:
+    layout = next((layout for layout in layouts if layout.name == key), None)
+    if layout is None:
+        yield f"when names the layout {key!r}, which no [[layout]] declares"
+    elif choice not in dict(layout.choices):
+        yield f"layout {key!r} has no choice {choice!r}"
+
+
+def _sizes(table: Table) -> Iterator[str]:
+    every = {name for name, _ in table.sizes}
+    known: set[str] = set()
+    for name, size in table.sizes:
+        yield from (
+            f"{table.file}: size {name!r} uses {field!r} before its line"
+            for field in size.fields
+            if field in every - known - {name}
+        )
+        known.add(name)
+        if size.free:
+            yield f"{table.file}: size {name!r} has no value; write '?' in the rule"
+    for name, size in table.holes:
+        yield from (
+            f"{table.file}: hole {name!r} counts to {field!r}, which is not in [sizes]"
+            for field in size.fields
+            if field not in every
+        )
+
+
+def _layouts(table: Table) -> Iterator[str]:
+    seen = {"hf_prefix", "ms_prefix"}
+    for layout in table.layouts:
+        if layout.told is not None and layout.told[1] not in dict(layout.choices):
+            yield f"{layout.ref}: config says {layout.told[1]!r}, which is not a choice"
+        if layout.name in seen:
+            yield f"{layout.ref}: layout {layout.name!r} is declared twice or reserved"
+        seen.add(layout.name)
+        if layout.default is not None and layout.default not in dict(layout.choices):
+            yield f"{layout.ref}: default {layout.default!r} is not one of the choices"
+
+
+def _ties(table: Table) -> Iterator[str]:
+    for tied in table.tied:
+        templates = [t for t in (tied.hf, tied.ms, tied.to) if t is not None]
+        if any(template.holes for template in templates):
+            yield f"{tied.ref}: a tie has no holes"
+        targets = [s for s in slots(table, tied.owner) if s.field != "module" and s.template.match(tied.to.text) == {}]
+        if not targets or any(len(slot.rule.parts) != 1 for slot in targets):
+            yield f"{tied.ref}: to = {tied.to.text!r} is not a parameter that a rule renames"
+        for key, choice in tied.when:
+            yield from (f"{tied.ref}: {problem}" for problem in _choice(table.layouts, key, choice))
+
+
+def _buffers(table: Table) -> Iterator[str]:
+    for buffer in table.buffers:
+        if not buffer.drop.strip():
+            yield f"{buffer.ref}: a buffer that is dropped needs a reason"
+
+
+def _overlaps(table: Table, side: SideName) -> Iterator[str]:
+    """Compare every two claims on names of one side, modules with modules and parameters with parameters."""
+    every = slots(table, side)
+    for modules in (True, False):
+        claims = [
+            claim for slot in every if (slot.field == "module") == modules for claim in _claims(table, slot, side)
+        ]
+        if not modules:
+            claims += _other_claims(table, side)
+        for k, (template, ref, when) in enumerate(claims):
+            for second, other, condition in claims[k + 1 :]:
+                exclusive = any(dict(when).get(key, choice) != choice for key, choice in condition)
+                if not exclusive and template.overlap(second):
+                    yield f"{other}: {second} and {template} ({ref}) can fit the same {side} name"
+
+
+def _claims(table: Table, slot: Slot, side: SideName) -> Iterator[Claim]:
+    for prefix in table.prefix(side).answers if slot.rule.prefixed else ("",):
+        yield slot.template.between(prefix), slot.rule.ref, slot.rule.when
+
+
+def _other_claims(table: Table, side: SideName) -> Iterator[Claim]:
+    for tied in table.tied:
+        template = tied.side(side)
+        if template is not None:
+            yield template, tied.ref, tied.when
+    for buffer in table.buffers:
+        template = buffer.side(side)
+        if template is not None:
+            for prefix in table.prefix(side).answers if buffer.prefixed else ("",):
+                yield template.between(prefix), buffer.ref, ()
+
+
+def check_sizes(table: Table, sizes: dict[str, int]) -> list[str]:
+    """Return what does not fit once a config is known: sizes without a value, parts that do not divide by groups."""
+    problems = []
+    for rule in table.rules:
+        try:
+            groups = _value(rule.groups, sizes)
+            for part, size in zip(rule.parts, rule.out, strict=False):
+                if _value(size, sizes) % groups:
+                    problems.append(
+                        f"{rule.ref}: part {part!r} has {size} = {_value(size, sizes)} rows, "
+                        f"which do not divide by groups = {rule.groups} = {groups}"
+                    )
+            for size in rule.sizes:
+                _value(size, sizes)
+        except SizeError as error:
+            problems.append(f"{rule.ref}: {error}")
+    return problems
+
+
+def _value(size: Size, sizes: dict[str, int]) -> int:
+    return size.value(sizes)

@@ -1,0 +1,1 @@
+"""Files and directories: written beside their target, locked, published all at once."""

@@ -1,0 +1,1 @@
+"""Merging adapters into bases, and the ways back: plans, kernels and undo files."""

@@ -1,0 +1,162 @@
+"""The kernel of merging: operands to deltas, deltas to weights, and an account of what changed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
+
+import numpy as np
+
+from ..arithmetic import addition
+from ..arithmetic.addition import Change, added
+from ..arithmetic.deltas import Delta, Factors, Matrix, prepare
+from ..arithmetic.floats import Bits, values
+from ..arithmetic.recipe import Recipe, Update, recipe_of
+from ..axes import Compute, Kernel
+from ..conversion.blocks import copy_tiled
+from ..dtypes import DType
+
+Seen = Callable[[str, DType, tuple[int, int], int, Bits, Bits, Matrix | None], None]
+"""Called with a base parameter, its type, its matrix's shape, and a block: first row, bits before, bits after, delta.
+
+From any thread, in any order. The delta is what :func:`lorabridge.arithmetic.deltas.delta_rows` gives, summed over
+the adapters, or None where the sum was normalised (DoRA).
+"""
+
+READY = 4
+"""How many weights' deltas stay prepared; blocks of one weight follow each other."""
+
+
+class Merger:
+    """Make merged weights; one for a run, shared by its threads.
+
+    ``seen`` gets every block before it is written: matrices ``[rows, columns]`` as the base stores the weight (a
+    convolution's kernel axes are flat), whose rows count from the block's first. ``changes`` are kept per base
+    parameter.
+    """
+
+    def __init__(self, seen: Seen | None = None) -> None:
+        self._seen = seen
+        self._lock = Lock()
+        self._making = Lock()
+        self._ready: OrderedDict[tuple[object, ...], tuple[Delta, ...]] = OrderedDict()
+        self._changes: dict[str, Change] = {}
+
+    @property
+    def changes(self) -> Mapping[str, Change]:
+        """What changed so far, per base parameter, sorted."""
+        with self._lock:
+            return dict(sorted(self._changes.items()))
+
+    def kernels(self) -> Mapping[str, Kernel]:
+        """Return the kernel as :func:`lorabridge.axes.evaluate` takes it."""
+        return {"merge": self._merge}
+
+    def _merge(self, node: Compute, args: list[Bits]) -> Bits:
+        recipe, first = recipe_of(node)
+        weight = _contiguous(args[0])
+        operands = [values(bits, arg.dtype) for bits, arg in zip(args[1:], node.args[1:], strict=True)]
+        deltas = self._deltas(recipe, node, operands)
+        adjust = None
+        if recipe.updates[-1].magnitude:
+            adjust = _dora(recipe, operands[-1].reshape(-1), deltas, weight, node)
+        bits, change = added(weight, node.dtype, deltas, start=first, adjust=adjust, seen=self._watch(recipe, node))
+        with self._lock:
+            self._changes[recipe.name] = self._changes.get(recipe.name, Change()).plus(change)
+        return bits
+
+    def _watch(self, recipe: Recipe, node: Compute) -> addition.Seen | None:
+        seen, shape = self._seen, (recipe.rows, node.shape[1])
+        if seen is None:
+            return None
+
+        def note(start: int, before: Bits, after: Bits, delta: Matrix | None) -> None:
+            seen(recipe.name, node.dtype, shape, start, before, after, delta)
+
+        return note
+
+    def _deltas(self, recipe: Recipe, node: Compute, operands: Sequence[Matrix]) -> tuple[Delta, ...]:
+        key = (recipe, node.args[1:])
+        with self._making:
+            found = self._ready.get(key)
+            if found is None:
+                found = tuple(_prepared(recipe, operands, node))
+                self._ready[key] = found
+                while len(self._ready) > READY:
+                    self._ready.popitem(last=False)
+            self._ready.move_to_end(key)
+        return found
+
+
+def _contiguous(bits: Bits) -> Bits:
+    if bits.flags.c_contiguous:
+        return bits
+    out = np.empty(bits.shape, bits.dtype)
+    copy_tiled(out, bits)
+    return out
+
+
+def _prepared(recipe: Recipe, operands: Sequence[Matrix], node: Compute) -> list[Delta]:
+    height = node.shape[1] if recipe.transposed else recipe.rows
+    found, at = [], 0
+    for update in recipe.updates:
+        terms = _terms(update, operands[at : at + update.operands])
+        at += update.operands
+        found.append(prepare(terms, height, update.scaling, exact=recipe.exact, transposed=recipe.transposed))
+    return found
+
+
+def _terms(update: Update, operands: Sequence[Matrix]) -> list[Factors]:
+    if update.vector:
+        one = np.ones((1, 1))
+        return [Factors(b.reshape(-1, 1), one, start) for b, start in zip(operands, update.starts, strict=False)]
+    pairs = zip(operands[0::2], operands[1::2], update.starts, strict=False)
+    return [Factors(b, a, start) for a, b, start in pairs]
+
+
+def _dora(
+    recipe: Recipe, magnitude: Matrix, deltas: Sequence[Delta], weight: Bits, node: Compute
+) -> Callable[[Matrix, int, int], Matrix]:
+    """Return the normalisation of DoRA: ``magnitude / norm`` times the sum, with one norm per output row.
+
+    Source: Liu et al. 2024, equation 5, as peft 0.21.2 merges it; norms are those of the unrounded sum.
+    """
+    if not recipe.transposed:
+
+        def by_rows(sums: Matrix, start: int, stop: int) -> Matrix:
+            out: Matrix = sums * (magnitude[start:stop] / _norms(sums))[:, None]
+            return out
+
+        return by_rows
+    factors = np.empty(magnitude.shape)
+    for low in range(0, node.shape[1], 64):
+        high = min(low + 64, node.shape[1])
+        columns = values(np.ascontiguousarray(weight[:, low:high]), node.dtype)
+        sums = columns + _columns(deltas, low, high)
+        factors[low:high] = magnitude[low:high] / _norms(np.ascontiguousarray(sums.T))
+
+    def by_columns(sums: Matrix, start: int, stop: int) -> Matrix:
+        out: Matrix = sums * factors
+        return out
+
+    return by_columns
+
+
+def _columns(deltas: Sequence[Delta], low: int, high: int) -> Matrix:
+    out = deltas[0].columns(low, high)
+    for delta in deltas[1:]:
+        out += delta.columns(low, high)
+    return out
+
+
+def _norms(rows: Matrix) -> Matrix:
+    """Return the Euclidean norm of each row, adding squares in one order: halves onto halves."""
+    squares = rows * rows
+    n = squares.shape[1]
+    while n > 1:
+        half = n // 2
+        squares[:, :half] += squares[:, n - half : n]
+        n -= half
+    out: Matrix = np.sqrt(squares[:, 0])
+    return out
