@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ..axes import Compute, Kernel, reads
 from ..dtypes import BY_NAME, DType
 from ..errors import InputError, MappingError, counted
-from . import lowrank
+from . import lowrank, products
 from .floats import (
     LAYOUTS,
     Bits,
@@ -148,9 +148,17 @@ def kernels(output: str, notes: Notes, residues: Mapping[str, bytes]) -> Mapping
         bits, _ = _rounded_bits(np.ascontiguousarray(small), node.dtype, "error", output)
         return bits
 
+    def run_product(node: Compute, args: list[Bits]) -> Bits:
+        numbers = [values(bits, arg.dtype) for bits, arg in zip(args, node.args, strict=True)]
+        made = products.compute(node.kernel, numbers, node.shape, float(dict(node.params).get("value", 0.0)))
+        bits, rounding = _rounded_bits(made, node.dtype, "error", output)
+        notes.add(output, rounding)
+        return bits
+
     return {
         "cast": run_cast, "scale": run_scale, "unscale": run_unscale,
         "compress_a": run_compress, "compress_b": run_compress,
+        **dict.fromkeys(products.KERNELS, run_product),
     }  # fmt: skip
 
 
