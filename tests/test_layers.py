@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "lorabridge"
 LAYERS = {
     0: {"", "errors", "dtypes", "mappings"},
     1: {"names", "sizes", "axes", "tensors", "files"},
-    2: {"formats", "dialects", "families", "arithmetic", "manifest", "joined", "spool"},
+    2: {"formats", "dialects", "distributed", "families", "arithmetic", "manifest", "joined", "spool"},
     3: {"conversion", "merging"},
     4: {"actions", "reports", "layers", "frameworks", "checkpoint"},
     5: {"commands", "__main__"},

@@ -41,7 +41,7 @@ class ShardedSource:
     shard as ``<file>/<key>``.
     """
 
-    def __init__(self, path: Path, format: str, shards: _Shards, homes: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, format: str, shards: Shards, homes: Mapping[str, str]) -> None:
         self.path = path
         self.format = format
         self._shards = shards
@@ -66,8 +66,8 @@ class ShardedSource:
         self._shards.close()
 
 
-class _Shards:
-    """Keep at most ``MAX_OPEN`` idle shards open, the least recently used closed first."""
+class Shards:
+    """Files that are opened when they are needed: at most ``MAX_OPEN`` idle ones stay open, the latest used."""
 
     def __init__(self, open_file: Callable[[Path], Source], paths: Mapping[str, Path]) -> None:
         self._open_file = open_file
@@ -79,6 +79,7 @@ class _Shards:
 
     @contextmanager
     def use(self, name: str) -> Iterator[Source]:
+        """Lend an open shard; it stays open for as long as it is lent."""
         with self._lock:
             if name not in self._open:
                 self._open[name] = (self._opened(name), [0])
@@ -108,6 +109,7 @@ class _Shards:
             self._open.pop(name)[0].close()
 
     def close(self) -> None:
+        """Close every shard."""
         with self._lock:
             while self._open:
                 self._open.popitem()[1][0].close()
@@ -168,7 +170,7 @@ def open_index(path: Path) -> ShardedSource:
     names = sorted(set(homes.values()), key=lambda name: (len(name), name))
     paths = _shard_paths(path, names)
     format = _common_format(path, paths)
-    shards = _Shards(container(format).open_file, paths)
+    shards = Shards(container(format).open_file, paths)
     try:
         issues: list[str] = []
         for name in names:

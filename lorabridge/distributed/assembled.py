@@ -1,0 +1,227 @@
+"""One logical checkpoint over the pieces that many ranks wrote: a Source whose tensors are put together when read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..axes import Expr, Join, Read, Reshape, Slice, Zeros, byte_ranges, cut, evaluate, read
+from ..errors import InputError
+from ..formats import container
+from ..formats.sharded import Shards
+from ..formats.untrusted import shown
+from ..tensors import Extent, Source, TensorSpec
+from .layout import Layout
+
+if TYPE_CHECKING:
+    from ..tensors import Bits
+
+BLOCK = 16 << 20
+"""Bytes of a replica that are compared at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One stored copy of a slice: the rank that holds it, and the piece's name in the physical source."""
+
+    rank: int
+    piece: str
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where one logical tensor lies.
+
+    ``expr``: the tensor over the physical pieces. ``slices``: index of the slice (an entry per axis) to the copies that
+    are there, the one that is read first. ``layout``: None where no layout is known and every rank holds the whole.
+    """
+
+    name: str
+    expr: Expr
+    slices: Mapping[tuple[int, ...], tuple[Copy, ...]]
+    layout: Layout | None = None
+    stage: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """How a checkpoint lies over its ranks. ``kind``: what wrote it. ``notes``: sentences for the report."""
+
+    kind: str
+    ranks: int
+    placed: Mapping[str, Placed]
+    notes: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class Assembled:
+    """Read a distributed checkpoint as one; nothing is loaded before it is asked for.
+
+    ``pieces`` holds what the ranks wrote, one tensor per piece; closing closes it. A slice of rows is read from the
+    pieces that hold these rows. Everything else is as :class:`lorabridge.tensors.Source` says.
+    """
+
+    def __init__(self, path: Path, pieces: Source, arrangement: Arrangement) -> None:
+        self.path = path
+        self.format = pieces.format
+        self.pieces = pieces
+        self.arrangement = arrangement
+        self.metadata: Mapping[str, str] = dict(arrangement.metadata)
+        self.skipped = arrangement.skipped
+        self.specs: Mapping[str, TensorSpec] = {
+            name: TensorSpec(name, placed.expr.dtype, placed.expr.shape) for name, placed in arrangement.placed.items()
+        }
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Bits:
+        """Return a tensor's bits, or those of rows [start, stop)."""
+        expr = self.arrangement.placed[name].expr
+        return gather(expr if rows is None else cut(expr, 0, *rows), self.pieces)
+
+    def extents(self, name: str) -> tuple[Extent, ...]:
+        """Return the byte ranges of a tensor that is cut along its first axis only, () for any other."""
+        found: list[Extent] = []
+        for piece, start, length in byte_ranges(self.arrangement.placed[name].expr) or ():
+            held = clip(self.pieces.extents(piece), start, length)
+            if not held:
+                return ()
+            found += held
+        return tuple(found)
+
+    def close(self) -> None:
+        """Close every piece."""
+        self.pieces.close()
+
+    def replicas(self) -> Iterator[tuple[str, Copy, Copy]]:
+        """Yield (tensor, copy that is read, copy that must equal it)."""
+        for name, placed in self.arrangement.placed.items():
+            for copies in placed.slices.values():
+                for other in copies[1:]:
+                    yield name, copies[0], other
+
+    def check_replicas(self, progress: Callable[[int], None] = lambda done: None) -> None:
+        """Compare every copy of a slice with the one that is read, bit for bit.
+
+        InputError lists the tensors whose copies differ, with the ranks; ``progress`` is told the bytes compared.
+        """
+        apart: dict[tuple[str, int], list[int]] = {}
+        for name, first, other in self.replicas():
+            if not same_bits(self.pieces, first.piece, other.piece):
+                apart.setdefault((name, first.rank), []).append(other.rank)
+            progress(self.pieces.specs[other.piece].nbytes)
+        if apart:
+            raise InputError(
+                f"{len({name for name, _ in apart})} tensors differ between ranks that should hold copies",
+                where=[
+                    f"{shown(name)}: rank {rank} and rank {', '.join(map(str, others))}"
+                    for (name, rank), others in apart.items()
+                ],
+                hint="take the strategy of the run that wrote them, or a checkpoint whose ranks agree",
+            )
+
+
+def same_bits(source: Source, one: str, other: str) -> bool:
+    """Say whether two tensors of a source have equal types, shapes and bits; memory is bounded by a few blocks."""
+    import numpy as np
+
+    specs = source.specs[one], source.specs[other]
+    if (specs[0].dtype, specs[0].shape) != (specs[1].dtype, specs[1].shape):
+        return False
+    rows = specs[0].shape[0] if specs[0].shape else 1
+    step = max(1, BLOCK * rows // max(1, specs[0].nbytes))
+    if not specs[0].shape or step >= rows or specs[0].dtype.bits % 8:
+        return bool(np.array_equal(source.read(one), source.read(other)))
+    spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return all(np.array_equal(source.read(one, span), source.read(other, span)) for span in spans)
+
+
+def clip(extents: Sequence[Extent], start: int, length: int) -> list[Extent]:
+    """Return the part [start, start + length) of what byte ranges hold one after another."""
+    found, at = [], 0
+    for extent in extents:
+        low, high = max(start - at, 0), min(start + length - at, extent.length)
+        if low < high:
+            found.append(Extent(extent.path, extent.offset + low, high - low))
+        at += extent.length
+    return found
+
+
+def gather(expr: Expr, source: Source) -> Bits:
+    """Return the bits of a structural expression as a new C-contiguous array; only the rows that it needs are read."""
+    import numpy as np
+
+    if isinstance(expr, Read):
+        return source.read(expr.name)
+    out = np.empty(expr.shape, expr.dtype.carrier())
+    _fill(out, expr, source)
+    return out
+
+
+def _fill(out: Bits, expr: Expr, source: Source) -> None:
+    if isinstance(expr, Join):
+        at = 0
+        for part in expr.parts:
+            length = part.shape[expr.axis]
+            _fill(out[(slice(None),) * expr.axis + (slice(at, at + length),)], part, source)
+            at += length
+    elif isinstance(expr, Zeros):
+        out[...] = 0
+    elif isinstance(expr, Slice) and expr.axis == 0 and isinstance(expr.x, Read):
+        out[...] = source.read(expr.x.name, (expr.start, expr.stop))
+    elif isinstance(expr, Slice | Reshape) and not isinstance(expr.x, Read):
+        bits = gather(expr.x, source)
+        out[...] = evaluate(replace(expr, x=Read("", expr.x.dtype, expr.x.shape)), lambda _: bits, {})
+    else:
+        out[...] = evaluate(expr, source.read, {})
+
+
+class Files:
+    """The tensors of many files of one container, each called ``<file>/<tensor>``; few files are open at a time.
+
+    ``specs`` are read from every header when it is made, so that a file that is damaged is found at once.
+    """
+
+    def __init__(self, path: Path, format: str, files: Mapping[str, Path]) -> None:
+        self.path = path
+        self.format = format
+        self._shards = Shards(container(format).open_file, files)
+        self._homes: dict[str, tuple[str, str]] = {}
+        self.held: dict[str, Mapping[str, TensorSpec]] = {}
+        """The tensors of each file, under their own names."""
+        self.stated: dict[str, Mapping[str, str]] = {}
+        """The metadata of each file."""
+        specs: dict[str, TensorSpec] = {}
+        try:
+            for file in files:
+                with self._shards.use(file) as shard:
+                    self.held[file], self.stated[file] = shard.specs, shard.metadata
+                for name, spec in self.held[file].items():
+                    specs[f"{file}/{name}"] = replace(spec, name=f"{file}/{name}")
+                    self._homes[f"{file}/{name}"] = file, name
+        except BaseException:
+            self._shards.close()
+            raise
+        self.specs: Mapping[str, TensorSpec] = specs
+        self.metadata: Mapping[str, str] = {}
+
+    def piece(self, file: str, name: str) -> Expr:
+        """Stand for one file's tensor."""
+        return read(self.specs[f"{file}/{name}"])
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Bits:
+        """Return a piece's bits, or those of rows [start, stop)."""
+        file, own = self._homes[name]
+        with self._shards.use(file) as shard:
+            return shard.read(own, rows)
+
+    def extents(self, name: str) -> tuple[Extent, ...]:
+        """Return the byte ranges of a piece."""
+        file, own = self._homes[name]
+        with self._shards.use(file) as shard:
+            return shard.extents(own)
+
+    def close(self) -> None:
+        """Close every file."""
+        self._shards.close()

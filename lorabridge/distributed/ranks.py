@@ -1,0 +1,277 @@
+"""MindSpore's rank directories, ``rank_<r>/*.ckpt|.safetensors``, with the strategy of the run that wrote them.
+
+Layouts: mindspore 2.10 (ModelCheckpoint, transform_checkpoints) and MindFormers (``checkpoint/rank_<r>`` beside
+``strategy/``). Rank r holds stage ``r // devices``; which slice of a parameter it holds, the strategy says. With
+``remove_redundancy`` a slice lies on one rank of those that train it, so it is looked up on all of them. Differences
+from mindspore's own transform, where that is wrong: parameters that the strategy does not list must be equal on every
+rank (it passes on rank 0's slice), names may hold a minus sign, and the last step is never chosen by its spelling.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import InputError, UsageError, counted
+from ..formats import FORMATS, identify
+from ..formats.untrusted import shown
+from .assembled import Arrangement, Assembled, Copy, Files, Placed, same_bits
+from .layout import Layout, assemble
+from .strategy import Strategy, fitted, read_strategy
+
+_RANK = re.compile(r"rank_(\d{1,7})")
+_STEP = re.compile(r"-(\d+_\d+)$")
+_ACCUMULATED = "accu_grads."
+"""What a pipeline accumulates while it trains; strategies list it, checkpoints need not hold it."""
+
+
+def is_rank_directory(path: Path) -> bool:
+    """Say whether a directory holds ``rank_<r>`` directories."""
+    return path.is_dir() and any(_RANK.fullmatch(p.name) for p in path.iterdir() if p.is_dir())
+
+
+def open_ranks(path: Path, *, strategies: Sequence[Path] = (), step: str | None = None) -> Assembled:
+    """Open rank directories as one checkpoint, reading headers only (and what no strategy lists, to compare it).
+
+    ``strategies``: see :func:`.strategy.read_strategy`; none: the ``strategy`` directory inside or
+    beside ``path``, else every rank must hold the same whole tensors. ``step``: ``EPOCH_STEP``, where the
+    directories hold several checkpoints. InputError names what is missing, disagrees or does not fit.
+    """
+    files = _rank_files(path, step)
+    found = list(strategies) or _strategies_near(path)
+    strategy = read_strategy(found) if found else None
+    format = _one_format(list(files.values()))
+    pieces = Files(path, format, {f"rank_{rank}/{file.name}": file for rank, file in files.items()})
+    try:
+        ranks = {rank: f"rank_{rank}/{file.name}" for rank, file in files.items()}
+        arrangement = _Arranging(pieces, ranks, strategy).arrange()
+        return Assembled(path, pieces, arrangement)
+    except BaseException:
+        pieces.close()
+        raise
+
+
+def _strategies_near(path: Path) -> list[Path]:
+    near = [p for p in (path / "strategy", path.parent / "strategy") if p.is_dir()]
+    return near[:1]
+
+
+def _rank_files(path: Path, step: str | None) -> dict[int, Path]:
+    """Return the checkpoint of every rank directory, by rank."""
+    folders = {int(m[1]): p for p in path.iterdir() if p.is_dir() and (m := _RANK.fullmatch(p.name))}
+    suffixes = {suffix for _, known in FORMATS.values() for suffix in known}
+    files: dict[int, Path] = {}
+    empty, several = [], {}
+    for rank, folder in sorted(folders.items()):
+        held = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in suffixes]
+        if step is not None:
+            held = [p for p in held if (m := _STEP.search(p.stem)) and m[1] == step]
+        if len(held) == 1:
+            files[rank] = held[0]
+        elif held:
+            several[folder] = held
+        else:
+            empty.append(folder)
+    if several:
+        steps = sorted({m[1] for held in several.values() for p in held if (m := _STEP.search(p.stem))}, key=_numbers)
+        raise UsageError(
+            "rank directories hold several checkpoints",
+            where=[
+                f"{shown(str(folder))}: {', '.join(shown(p.name) for p in held)}" for folder, held in several.items()
+            ],
+            hint=f"choose one with --step: {', '.join(steps)}" if steps else "leave one checkpoint in each directory",
+        )
+    if not files:
+        said = f" of step {step}" if step else ""
+        raise InputError(
+            f"no rank directory holds a checkpoint{said}", where=[shown(str(p)) for p in empty],
+            hint="name the directory that holds rank_0, rank_1 ...",
+        )  # fmt: skip
+    return files
+
+
+def _numbers(step: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in step.split("_"))
+
+
+def _one_format(files: Sequence[Path]) -> str:
+    kinds = {file: identify(file) for file in files}
+    formats = {kind.format for kind in kinds.values()}
+    format = formats.pop()
+    if formats or format is None or format == "sharded":
+        raise InputError(
+            "the ranks' files are not checkpoints of one container",
+            where=[f"{shown(str(file))}: {kind.title}" for file, kind in kinds.items()],
+            hint="repair or remove what is no checkpoint",
+        )
+    return format
+
+
+@dataclass
+class _Arranging:
+    """The work of finding every slice; ``problems`` collects what is wrong, so that all of it is said at once."""
+
+    pieces: Files
+    ranks: Mapping[int, str]
+    strategy: Strategy | None
+    problems: list[str] = field(default_factory=list)
+    unsaved: list[str] = field(default_factory=list)
+    stood_in: dict[int, set[int]] = field(default_factory=dict)
+
+    def arrange(self) -> Arrangement:
+        placed: dict[str, Placed] = {}
+        if self.strategy is not None:
+            self._check_world(self.strategy)
+            for stage, layouts in self.strategy.stages.items():
+                for name, layout in layouts.items():
+                    self._add(placed, self._sliced(stage, name, layout))
+        self._whole(placed)
+        if self.problems:
+            raise InputError(
+                f"the ranks do not make up one checkpoint ({counted(len(self.problems), 'problem')})",
+                where=self.problems,
+                hint="give every rank's file and the strategy of the run that wrote them",
+            )
+        order = {name: None for file in self.ranks.values() for name in self.pieces.held[file]}
+        devices = self.strategy.devices * len(self.strategy.stages) if self.strategy else len(self.ranks)
+        return Arrangement(
+            kind="mindspore ranks",
+            ranks=devices,
+            placed={name: placed[name] for name in order if name in placed},
+            notes=tuple(self._notes(devices)),
+            metadata=self._metadata(),
+        )
+
+    def _metadata(self) -> dict[str, str]:
+        """Return what every file says alike, without what is about one rank's file."""
+        stated = [self.pieces.stated[file] for file in self.ranks.values()]
+        common = dict(stated[0])
+        for other in stated[1:]:
+            common = {key: value for key, value in common.items() if other.get(key) == value}
+        common.pop("remove_redundancy", None)
+        return common
+
+    def _notes(self, devices: int) -> list[str]:
+        notes = []
+        absent = [rank for rank in range(devices) if rank not in self.ranks]
+        for rank in absent:
+            others = ", ".join(map(str, sorted(self.stood_in.get(rank, ()))))
+            said = f"; its slices were read from rank {others}" if others else "; nothing is lost with it"
+            notes.append(f"rank {rank} is missing{said}")
+        if self.unsaved:
+            some = ", ".join(self.unsaved[:4]) + (" ..." if len(self.unsaved) > 4 else "")
+            notes.append(f"{counted(len(self.unsaved), 'parameter')} of the strategy that no rank saved: {some}")
+        return notes
+
+    def _check_world(self, strategy: Strategy) -> None:
+        devices = strategy.devices * len(strategy.stages)
+        beyond = [str(rank) for rank in self.ranks if rank >= devices]
+        if beyond:
+            stages = counted(len(strategy.stages), "stage")
+            self.problems.append(
+                f"{', '.join(map(str, strategy.paths))}: is of {stages} of {strategy.devices} devices; "
+                f"there is rank {', '.join(beyond)}"
+            )
+        for stage in strategy.stages:
+            first = stage * strategy.devices
+            if not any(rank in self.ranks for rank in range(first, first + strategy.devices)):
+                self.problems.append(
+                    f"stage {stage}: none of its ranks {first} to {first + strategy.devices - 1} is there"
+                )
+
+    def _add(self, placed: dict[str, Placed], found: Placed | None) -> None:
+        """Keep a tensor; one that several stages hold must be the same on each."""
+        if found is None:
+            return
+        known = placed.setdefault(found.name, found)
+        if known is found:
+            return
+        if (known.expr.dtype, known.expr.shape) != (found.expr.dtype, found.expr.shape):
+            self.problems.append(
+                f"{shown(found.name)}: {known.expr.shape} on stage {known.stage}, {found.expr.shape} on {found.stage}"
+            )
+        elif known.layout is not None and found.layout is not None and known.layout.cuts == found.layout.cuts:
+            both = {index: (*copies, *found.slices.get(index, ())) for index, copies in known.slices.items()}
+            placed[found.name] = Placed(known.name, known.expr, both, known.layout, known.stage)
+        else:
+            self.problems.append(f"{shown(found.name)}: cut differently on stages {known.stage} and {found.stage}")
+
+    def _sliced(self, stage: int, name: str, layout: Layout) -> Placed | None:
+        assert self.strategy is not None
+        first = stage * self.strategy.devices
+        members = range(first, first + self.strategy.devices)
+        files = {rank: self.ranks[rank] for rank in members if rank in self.ranks}
+        held = {r: self.pieces.held[file][name] for r, file in files.items() if name in self.pieces.held[file]}
+        if not held:
+            absent = [rank for rank in members if rank not in self.ranks]
+            if not absent or name.startswith(_ACCUMULATED):
+                self.unsaved.append(name)
+            elif len(absent) < len(members):  # a whole stage is said once
+                self.problems.append(f"{shown(name)}: on no rank that is there; rank {_listed(absent)} is missing")
+            return None
+        shapes = {(spec.dtype, spec.shape) for spec in held.values()}
+        if len(shapes) > 1:
+            said = ", ".join(f"rank {rank} {spec.dtype} {spec.shape}" for rank, spec in held.items())
+            self.problems.append(f"{shown(name)}: slices differ in type or shape: {said}")
+            return None
+        ((_, local),) = shapes
+        fits = fitted(layout, local)
+        if fits is None or fits.problem():
+            self.problems.append(f"{shown(name)}: slices of shape {local} are not of the strategy's layout")
+            return None
+        return self._put_together(stage, name, fits, set(held), first)
+
+    def _put_together(self, stage: int, name: str, layout: Layout, held: set[int], first: int) -> Placed | None:
+        slices: dict[tuple[int, ...], tuple[Copy, ...]] = {}
+        for index, holders in layout.holders().items():
+            ranks = [first + rank for rank in holders]
+            there = [rank for rank in ranks if rank in held]
+            if not there:
+                place = f"slice {list(index)} of {list(layout.fractions)}"
+                self.problems.append(
+                    f"{shown(name)}: {place} lies on rank {_listed(ranks)}, and is on none that is there"
+                )
+                continue
+            slices[index] = tuple(Copy(rank, f"{self.ranks[rank]}/{name}") for rank in there)
+            for rank in ranks:
+                if rank not in self.ranks:
+                    self.stood_in.setdefault(rank, set()).add(there[0])
+        if len(slices) < len(layout.holders()):
+            return None
+        reads = {index: self.pieces.piece(self.ranks[c[0].rank], name) for index, c in slices.items()}
+        return Placed(name, assemble(reads, layout.fractions), slices, layout, stage)
+
+    def _whole(self, placed: dict[str, Placed]) -> None:
+        """Take what no strategy lists from one rank, where all that hold it agree."""
+        holders: dict[str, list[int]] = {}
+        for rank, file in self.ranks.items():
+            for name in self.pieces.held[file]:
+                if name not in placed:
+                    holders.setdefault(name, []).append(rank)
+        listed = {name for layouts in (self.strategy.stages.values() if self.strategy else ()) for name in layouts}
+        apart = []
+        for name, ranks in holders.items():
+            if name in listed:
+                continue  # its problem is said already
+            copies = tuple(Copy(rank, f"{self.ranks[rank]}/{name}") for rank in ranks)
+            other = next((c for c in copies[1:] if not same_bits(self.pieces, copies[0].piece, c.piece)), None)
+            if other is not None:
+                apart.append(f"{shown(name)}: differs between rank {ranks[0]} and rank {other.rank}")
+                continue
+            spec = self.pieces.specs[copies[0].piece]
+            expr = self.pieces.piece(self.ranks[ranks[0]], name)
+            stage = ranks[0] // self.strategy.devices if self.strategy else 0
+            placed[name] = Placed(name, expr, {(0,) * len(spec.shape): copies}, None, stage)
+        if apart:
+            cure = (
+                "the strategy does not list it (by default strategies hold trainable parameters only)"
+                if self.strategy
+                else "give --strategy"
+            )
+            self.problems += [f"{line}; {cure}" for line in apart]
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
