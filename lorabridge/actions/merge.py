@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from .. import __version__, formats, manifest
+from .. import __version__
 from ..arithmetic import numerics
 from ..axes import Expr, computes, reads
-from ..conversion import execute, plan
-from ..conversion.forward import Forward, Settings, dialect_named, forward
-from ..conversion.repository import MODEL_CONFIG, Output, framework_of, plan_output
-from ..dialects.adapter import Adapter, Content, Dialect, Facts, Written
-from ..errors import MappingError, OutputError, UsageError
-from ..files.fsio import Staging, require_space
+from ..conversion import plan
+from ..conversion.forward import Forward
+from ..errors import MappingError
 from ..joined import Joined, prefixed
 from ..merging.kernel import Merger, Seen
 from ..merging.planning import Merged
@@ -27,47 +22,22 @@ from . import merge_inputs
 from .companions import carried_files
 from .merge_inputs import MERGED_KEY, MergeOptions, Opened
 from .merge_report import MergedRow, MergeReport, overall
+from .model_output import ModelOutput, Progress, check_finite, goal_of, place_of, renamed, write
 
 __all__ = ["MergeOptions", "merge", "plan_merge"]
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class MergeJob:
-    """A merge that is planned and not yet run."""
+    """A merge that is planned and not yet run; ``stay``: files beside the base that stay behind."""
 
     given: Opened
     merged: Merged
-    goal: Dialect
-    output: Output
-    plan: plan.Plan
-    notes: tuple[str, ...]
-    shard_size: int | None
+    model: ModelOutput
+    stay: tuple[str, ...]
 
 
 Watch = Callable[[MergeJob], tuple[Seen, Callable[[], None]]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A model that was made, in the place of the dialect that would read one."""
-
-    name: str
-    framework: str
-    model: Adapter = field(repr=False)
-
-    def detect(self, content: Content) -> str | None:
-        """Claim nothing."""
-        return None
-
-    def parse(self, content: Content) -> Adapter:
-        """Return the model."""
-        return self.model
-
-    def write(self, adapter: Adapter, facts: Facts) -> Written:
-        """Write nothing: the model is only read."""
-        raise NotImplementedError
 
 
 def merge(
@@ -87,9 +57,14 @@ def merge(
         job = plan_merge(given, target, options)
         seen, before_commit = (None, None) if watch is None or options.dry_run else watch(job)
         merger, notes = Merger(seen), numerics.Notes()
-        carried, stay = carried_files(given.base, [one.path for one in given.adapters], job.output.directory)
         if not options.dry_run:
-            _run(job, options, merger, notes, carried, progress, before_commit)
+
+            def finish() -> None:
+                check_finite(merger)
+                if before_commit is not None:
+                    before_commit()
+
+            write(job.model, options, merger.kernels(), finish, progress, notes)
         changes = merger.changes
         total = overall(changes)
         warnings = list(job.merged.warnings)
@@ -99,23 +74,23 @@ def merge(
         return MergeReport(
             base=str(given.base.path),
             adapters=tuple(str(one.path) for one in given.adapters),
-            target=str(job.output.target),
-            target_format=job.output.format,
-            target_dialect=job.goal.name,
+            target=str(job.model.output.target),
+            target_format=job.model.output.format,
+            target_dialect=job.model.goal.name,
             merged=job.merged.parameters,
             replaced=job.merged.replaced,
-            tensors=len(job.plan.specs),
-            nbytes=job.plan.nbytes,
+            tensors=len(job.model.plan.specs),
+            nbytes=job.model.plan.nbytes,
             seconds=time.perf_counter() - started,
             rows=tuple(MergedRow.of(name, change) for name, change in changes.items()),
             vanished=total.vanished / max(1, total.reached),
             error=total.error,
-            left_out=tuple(job.plan.unused),
-            carried=tuple(sorted(path.name for path in carried)),
-            not_carried=tuple(path.name for path in stay),
+            left_out=tuple(job.model.plan.unused),
+            carried=tuple(sorted(path.name for path in job.model.carried)),
+            not_carried=job.stay,
             warnings=tuple(warnings),
-            notes=job.notes,
-            digest=job.plan.digest,
+            notes=job.model.notes,
+            digest=job.model.plan.digest,
             dry_run=options.dry_run,
         )
 
@@ -127,48 +102,17 @@ def plan_merge(given: Opened, target: Path | str, options: MergeOptions) -> Merg
         base, merge_inputs.additions(given, base, options), config=given.base.model_config, exact=options.exact,
         residual_base=options.residual_base,
     )  # fmt: skip
-    goal = _goal(given.origin, target, options)
-    output = plan_output(target, framework=goal.framework, adapter=False)
-    _check_place(given, output, options)
-    made = _forward(given, merged, goal, options)
+    goal = goal_of(given.origin, target, options)
+    output, shard_size = place_of(given, goal, target, options)
+    made = renamed(given, merged, goal, options)
     _check_ties(given, made)
     planned = plan.build(given.joined.specs, made.outputs, made.unused, seed=f"merge {goal.name}")
-    size = options.max_shard_size
-    if size is None and output.directory and output.format == "safetensors":
-        size = _shard_size(given)
-    return MergeJob(given, merged, goal, output, planned, (*merged.notes, *made.notes), size)
-
-
-def _goal(origin: Dialect, target: Path | str, options: MergeOptions) -> Dialect:
-    decided = framework_of(target)
-    if options.target_dialect:
-        goal = dialect_named(options.target_dialect)
-        if goal.name not in ("hf", "ms"):
-            raise UsageError("a merged model is no adapter", where=goal.name, hint="choose --to hf or --to ms")
-        if decided is not None and decided != goal.framework:
-            raise UsageError(f"{goal.name!r} models are {goal.framework} files", where=str(target), hint="change one")
-        return goal
-    if decided is None or decided == origin.framework:
-        return origin
-    return dialect_named("ms" if decided == "mindspore" else "hf")
-
-
-def _forward(given: Opened, merged: Merged, goal: Dialect, options: MergeOptions) -> Forward:
-    """Carry the merged model to the target's names."""
-    origin = _Model(given.origin.name, given.origin.framework, merged.model)
-    if goal.framework != given.origin.framework and options.family is None:
-        raise UsageError(
-            "a full model needs a family table to be renamed",
-            hint="pass --family NAME, or --family identity to keep every name",
-        )
-    content = Content(given.joined.specs, {"container": given.base.source.format}, None, Facts(), str(given.base.path))
-    settings = Settings(
-        family=options.family or "identity",
-        layout=options.layout if goal.framework != given.origin.framework else {},
-        mappings=options.mappings,
-        model_config=merged.config,
-    )
-    return forward(content, origin, goal, settings)  # type: ignore[arg-type]
+    carried, stay = carried_files(given.base, [one.path for one in given.adapters], output.directory)
+    model = ModelOutput(
+        given, goal, output, planned, (*merged.notes, *made.notes), shard_size, merged.config,
+        {MERGED_KEY: _record(given, options)}, True, carried, True,
+    )  # fmt: skip
+    return MergeJob(given, merged, model, tuple(path.name for path in stay))
 
 
 def _check_ties(given: Opened, made: Forward) -> None:
@@ -202,87 +146,11 @@ def _reads_weight(value: Expr) -> list[str]:
     return [name for name in reads(value) if name.startswith(f"{merge_inputs.BASE}/")]
 
 
-def _check_place(given: Opened, output: Output, options: MergeOptions) -> None:
-    target = output.target.resolve()
-    for one in (given.base, *given.adapters):
-        source = one.path.resolve()
-        if target == source or source in target.parents:
-            raise OutputError("the output lies on or inside an input", where=str(output.target), hint="write elsewhere")
-    if options.max_shard_size is not None and not output.directory:
-        raise UsageError("--max-shard-size needs a directory", where=str(output.target), hint="end OUT with a slash")
-
-
-def _shard_size(given: Opened) -> int | None:
-    """Return the size of the base's own shards, rounded up to MB; None where it is one file."""
-    sizes: dict[Path, int] = {}
-    for name, spec in given.base.source.specs.items():
-        for path in {extent.path for extent in given.base.source.extents(name)}:
-            sizes[path] = sizes.get(path, 0) + spec.nbytes
-    return -(-max(sizes.values()) // 10**6) * 10**6 if len(sizes) > 1 else None
-
-
-def _run(
-    job: MergeJob, options: MergeOptions, merger: Merger, notes: numerics.Notes, carried: Mapping[Path, bytes],
-    progress: Progress | None, before_commit: Callable[[], None] | None,
-) -> None:  # fmt: skip
-    output = job.output
-    sidecar = None if output.directory else manifest.sidecar(output.target)
-    if sidecar is not None and sidecar.exists() and not options.overwrite:
-        raise OutputError("the output's manifest exists", where=str(sidecar), hint="move it away or pass --overwrite")
-    require_space(output.target.parent, job.plan.nbytes + (job.plan.nbytes >> 6))
-    record = _record(job, options)
-    digest = _identity(job)
-    with Staging(output.target, digest=digest, overwrite=options.overwrite, directory=output.directory) as staging:
-        sink = formats.make_sink(
-            output.format, staging.create, output.file, max_shard_size=job.shard_size,
-            flavour="ms" if job.goal.framework == "mindspore" else "hf", crc=options.crc,
-        )  # fmt: skip
-        execute.run(
-            job.plan, job.given.joined, sink,
-            kernels=lambda name: {**numerics.kernels(name, notes, {}), **merger.kernels()},
-            metadata={"format": "ms" if job.goal.framework == "mindspore" else "pt", MERGED_KEY: record},
-            workers=options.workers or min(8, len(os.sched_getaffinity(0))), progress=progress,
-        )  # fmt: skip
-        _check_finite(merger)
-        files = {path.name: raw for path, raw in carried.items()}
-        if output.directory and job.goal.name == "hf" and job.merged.config is not None:
-            files[MODEL_CONFIG] = (json.dumps(dict(job.merged.config), indent=2, sort_keys=True) + "\n").encode()
-        said = {"schema": manifest.FACTS_SCHEMA, "merged": True}
-        files["lorabridge.json" if sidecar is None else sidecar.name] = json.dumps(said).encode()
-        for name, raw in files.items():
-            file = staging.create(name)
-            file.write(0, raw)
-            file.close()
-        if before_commit is not None:
-            before_commit()
-        staging.commit()
-
-
-def _check_finite(merger: Merger) -> None:
-    broken = {name: change.broken for name, change in merger.changes.items() if change.broken}
-    if broken:
-        raise MappingError(
-            f"{sum(broken.values())} merged weights are not finite or do not fit their type",
-            where=[f"{name}: {count}" for name, count in broken.items()],
-            hint="check the adapter's factors and alpha with `lorabridge inspect`",
-        )
-
-
-def _record(job: MergeJob, options: MergeOptions) -> str:
+def _record(given: Opened, options: MergeOptions) -> str:
     """Say in the container's metadata what was merged."""
-    weights = options.weights or (1.0,) * len(job.given.adapters)
+    weights = options.weights or (1.0,) * len(given.adapters)
     rows = [
         {"adapter": one.path.name, "weight": weight, "tensors": len(one.source.specs)}
-        for one, weight in zip(job.given.adapters, weights, strict=True)
+        for one, weight in zip(given.adapters, weights, strict=True)
     ]
-    return json.dumps({"version": __version__, "base": job.given.base.path.name, "adapters": rows}, sort_keys=True)
-
-
-def _identity(job: MergeJob) -> str:
-    """Return a digest of everything that decides the output: the plan, and which source files there are now."""
-    digest = hashlib.sha256(job.plan.digest.encode())
-    paths = {e.path for name in job.given.joined.specs for e in job.given.joined.extents(name)}
-    for path in sorted(paths | {one.source.path for one in (job.given.base, *job.given.adapters)}):
-        status = path.stat()
-        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()
+    return json.dumps({"version": __version__, "base": given.base.path.name, "adapters": rows}, sort_keys=True)

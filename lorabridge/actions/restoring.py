@@ -1,23 +1,15 @@
-"""What unmerging and switching share: a merged model in its base's names, the way back, and writing the result."""
+"""What unmerging and switching share: a merged model in its base's names, and the way back."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import formats, manifest
-from ..arithmetic import numerics
-from ..axes import Kernel
-from ..conversion import execute, plan
+from ..conversion import plan
 from ..conversion.forward import dialect_named
-from ..conversion.repository import MODEL_CONFIG, Output, plan_output
-from ..dialects.adapter import Adapter, Dialect, Json
-from ..errors import InputError, OutputError
-from ..files.fsio import Staging, require_space
+from ..dialects.adapter import Adapter, Json
+from ..errors import InputError
 from ..joined import Joined, prefixed
 from ..merging.planning import Merged
 from ..merging.planning import merge as merge_headers
@@ -26,10 +18,8 @@ from ..merging.unmerge_kernel import Guess, Unmerger
 from ..merging.unmerge_planning import Restored, best_inverse, restore
 from . import merge_inputs
 from .companions import carried_files
-from .merge import _check_place, _forward, _goal, _shard_size
 from .merge_inputs import BASE, MergeOptions, Opened
-
-Progress = Callable[[int, int], None]
+from .model_output import ModelOutput, goal_of, place_of, renamed
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +54,6 @@ class Way:
     restored: Restored
     undo: UndoFile | None
     config: Json | None
-
-
-@dataclass(frozen=True, slots=True)
-class Writing:
-    """What is to be written where: ``merged`` says that the result holds an adapter, ``metadata`` what else it says."""
-
-    given: Opened
-    goal: Dialect
-    output: Output
-    plan: plan.Plan
-    notes: tuple[str, ...]
-    shard_size: int | None
-    config: Json | None
-    metadata: Mapping[str, str]
-    merged: bool
 
 
 def open_undo(path: Path | None) -> UndoFile | None:
@@ -120,7 +95,7 @@ def way_back(given: Opened, options: MergeOptions, undo: UndoFile | None) -> Way
     if side.name != given.origin.name:
         whole = Merged(model, given.base.model_config, (), (), (), ())
         alone = replace(given, joined=Joined({BASE: given.base.source}))
-        made = _forward(alone, whole, side, options)
+        made = renamed(alone, whole, side, options)
         model, given = replace(made.adapter, left_out=made.unused), replace(given, origin=side)
     landed = merge_headers(
         model, merge_inputs.additions(given, model, options), config=given.base.model_config, exact=options.exact,
@@ -137,62 +112,14 @@ def way_back(given: Opened, options: MergeOptions, undo: UndoFile | None) -> Way
 def planned(
     given: Opened, model: Adapter, config: Json | None, target: Path | str, options: MergeOptions, *,
     metadata: Mapping[str, str], merged: bool, seed: str,
-) -> Writing:  # fmt: skip
+) -> ModelOutput:  # fmt: skip
     """Plan the writing of a model that is given as expressions over the inputs."""
-    goal = _goal(given.origin, target, options)
-    output = plan_output(target, framework=goal.framework, adapter=False)
-    _check_place(given, output, options)
-    made = _forward(given, Merged(model, config, (), (), (), ()), goal, options)
+    goal = goal_of(given.origin, target, options)
+    output, shard_size = place_of(given, goal, target, options)
+    made = renamed(given, Merged(model, config, (), (), (), ()), goal, options)
     steps = plan.build(given.joined.specs, made.outputs, made.unused, seed=f"{seed} {goal.name}")
-    size = options.max_shard_size
-    if size is None and output.directory and output.format == "safetensors":
-        size = _shard_size(given)
-    return Writing(given, goal, output, steps, made.notes, size, config, metadata, merged)
-
-
-def run(
-    writing: Writing, options: MergeOptions, kernels: Mapping[str, Kernel], before_commit: Callable[[], None],
-    progress: Progress | None,
-) -> None:  # fmt: skip
-    """Write the model; ``before_commit`` may still refuse it."""
-    output, given = writing.output, writing.given
-    sidecar = None if output.directory else manifest.sidecar(output.target)
-    if sidecar is not None and sidecar.exists() and not options.overwrite:
-        raise OutputError("the output's manifest exists", where=str(sidecar), hint="move it away or pass --overwrite")
-    require_space(output.target.parent, writing.plan.nbytes + (writing.plan.nbytes >> 6))
     carried, _ = carried_files(given.base, [], output.directory)
-    files = {path.name: raw for path, raw in carried.items()}
-    if output.directory and writing.goal.name == "hf" and writing.config is not None:
-        files[MODEL_CONFIG] = (json.dumps(dict(writing.config), indent=2, sort_keys=True) + "\n").encode()
-    if writing.merged:
-        said = {"schema": manifest.FACTS_SCHEMA, "merged": True}
-        files["lorabridge.json" if sidecar is None else sidecar.name] = json.dumps(said).encode()
-    with Staging(
-        output.target, digest=_identity(writing), overwrite=options.overwrite, directory=output.directory
-    ) as staging:
-        sink = formats.make_sink(
-            output.format, staging.create, output.file, max_shard_size=writing.shard_size,
-            flavour="ms" if writing.goal.framework == "mindspore" else "hf", crc=options.crc,
-        )  # fmt: skip
-        execute.run(
-            writing.plan, given.joined, sink,
-            kernels=lambda name: {**numerics.kernels(name, numerics.Notes(), {}), **kernels},
-            metadata={"format": "ms" if writing.goal.framework == "mindspore" else "pt", **writing.metadata},
-            workers=options.workers or min(8, len(os.sched_getaffinity(0))), progress=progress,
-        )  # fmt: skip
-        for name, raw in files.items():
-            file = staging.create(name)
-            file.write(0, raw)
-            file.close()
-        if sidecar is not None and sidecar.name not in files:
-            staging.drop(sidecar.name)
-        before_commit()
-        staging.commit()
-
-
-def _identity(writing: Writing) -> str:
-    """Return a digest of this run alone: what it restores depends on files that are checked while it runs."""
-    return hashlib.sha256(writing.plan.digest.encode() + os.urandom(16)).hexdigest()
+    return ModelOutput(given, goal, output, steps, made.notes, shard_size, config, metadata, merged, carried)
 
 
 def guesses(unmerger: Unmerger) -> tuple[GuessRow, ...]:

@@ -15,10 +15,10 @@ from ..merging.planning import merge as merge_headers
 from ..merging.unmerge_kernel import Unmerger
 from ..merging.unmerge_planning import Restored, onto, stand_in, traces_onto
 from . import merge_inputs, restoring
-from .merge import _check_finite
 from .merge_inputs import MERGED_KEY, MergeOptions, Opened
 from .merge_report import MergedRow, overall
-from .restoring import GuessRow, Progress, Way
+from .model_output import ModelOutput, Progress, check_finite, write
+from .restoring import GuessRow, Way
 from .undo import UndoSummary, UndoWriter
 
 
@@ -156,7 +156,7 @@ def _record(there: Opened, options: MergeOptions, *, exact: bool) -> str:
 
 
 def _run(
-    writing: restoring.Writing, way: Way, landed: Merged, there: Opened, result: Restored, options: MergeOptions,
+    writing: ModelOutput, way: Way, landed: Merged, there: Opened, result: Restored, options: MergeOptions,
     writer: UndoWriter | None, progress: Progress | None,
 ) -> tuple[Merger, Unmerger]:  # fmt: skip
     seen: Seen | None = None
@@ -170,10 +170,10 @@ def _run(
 
     def before_commit() -> None:
         unmerger.check()
-        _check_finite(merger)
+        check_finite(merger)
         if finish is not None:
             finish()
 
     if not options.dry_run:
-        restoring.run(writing, options, unmerger.kernels(), before_commit, progress)
+        write(writing, options, unmerger.kernels(), before_commit, progress)
     return merger, unmerger

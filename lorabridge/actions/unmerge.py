@@ -10,7 +10,8 @@ from pathlib import Path
 from ..merging.unmerge_kernel import Unmerger
 from . import merge_inputs, restoring
 from .merge_inputs import MergeOptions
-from .restoring import GuessRow, Progress
+from .model_output import Progress, write
+from .restoring import GuessRow
 
 UNMERGED_KEY = "lorabridge.unmerged"
 """Key of a container's metadata that says that a model is not the base but near to it."""
@@ -91,7 +92,7 @@ def unmerge(
         )  # fmt: skip
         unmerger = Unmerger(way.restored.away, kept)
         if not options.dry_run:
-            restoring.run(writing, options, unmerger.kernels(), unmerger.check, progress)
+            write(writing, options, unmerger.kernels(), unmerger.check, progress)
         rows = restoring.guesses(unmerger)
         touched = tuple(kept.tensors) if kept is not None else tuple(way.restored.nodes)
         return UnmergeReport(
