@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from .. import dialects
 from ..arithmetic.numerics import POLICIES
@@ -14,12 +15,17 @@ from ..conversion.selection import Selection
 from ..dialects.adapter import Dialect, Fact, Facts
 from ..dtypes import ALIASES, BY_NAME, DType
 from ..errors import InputError, MappingError, OutputError, UsageError
+from ..formats import keys
+from ..formats.encrypted import MAGICS, Encryption, Mode
 from ..manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """Everything a conversion can be told; see ``lorabridge convert --help`` for the meaning of each."""
+    """Everything a conversion can be told; see ``lorabridge convert --help`` for the meaning of each.
+
+    ``encrypt`` uses the key that is in use (``formats.keys``), or that of ``new_key_file``.
+    """
 
     source_dialect: str | None = None
     target_dialect: str | None = None
@@ -37,9 +43,14 @@ class ConvertOptions:
     adapter_only: bool = False
     max_shard_size: int | None = None
     crc: bool = False
+    encrypt: str | None = None
+    new_key_file: Path | None = None
     workers: int = 0
     dry_run: bool = False
     overwrite: bool = False
+    strategies: tuple[Path, ...] = ()
+    step: str | None = None
+    check_replicas: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +171,23 @@ def _target_dialect(
     if origin.name in ("hf", "ms"):
         return dialect_named("ms" if framework == "mindspore" else "hf")
     return dialect_named("loralib-ms" if framework == "mindspore" else "peft")
+
+
+def encryption(options: ConvertOptions) -> Encryption | None:
+    """Return how the output is to be encrypted; InputError without a key that fits, UsageError for an unknown mode."""
+    if options.encrypt is None:
+        if options.new_key_file is not None:
+            raise UsageError("--new-key-file is about encryption, and none is asked for", hint="add --encrypt MODE")
+        return None
+    if options.encrypt not in MAGICS:
+        raise UsageError(f"unknown encryption {options.encrypt!r}", hint=f"known: {', '.join(MAGICS)}")
+    if options.new_key_file is not None:
+        key = keys.read_key(options.new_key_file)
+    else:
+        key = keys.needed("--encrypt needs a key", "")
+    chosen = Encryption(cast(Mode, options.encrypt), key)
+    chosen.check()
+    return chosen
 
 
 def families(given: Input, origin: Dialect, options: ConvertOptions) -> list[str]:

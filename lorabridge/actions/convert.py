@@ -15,12 +15,14 @@ from ..arithmetic import numerics
 from ..axes import Expr, reads
 from ..conversion import execute, plan, wayback
 from ..conversion.forward import Forward, forward, options_text
-from ..conversion.repository import ADAPTER_CONFIG, MODEL_CONFIG, Input, open_input
+from ..conversion.repository import ADAPTER_CONFIG, MODEL_CONFIG, Input, files_of, open_input
 from ..dialects.adapter import Json, LoraModule
+from ..distributed.assembled import Assembled
 from ..errors import MappingError, OutputError
 from ..files.fsio import Staging, require_space
+from ..formats.encrypted import Encryption
 from . import compress
-from .choices import Choice, ConvertOptions, choose, settings_for
+from .choices import Choice, ConvertOptions, choose, encryption, settings_for
 from .convert_report import ConvertReport, ModuleRow, RoundingRow
 
 Progress = Callable[[int, int], None]
@@ -57,15 +59,23 @@ def convert(
     """
     started = time.perf_counter()
     options = options or ConvertOptions()
-    given = open_input(Path(source), config=options.config)
+    given = open_input(Path(source), config=options.config, strategies=options.strategies, step=options.step)
     try:
-        job = plan_conversion(given, target, options)
-        notes = numerics.Notes()
-        if not options.dry_run:
-            run(job, given, options, notes, progress)
-        return _report(job, given, options, notes, time.perf_counter() - started)
+        return convert_opened(given, target, options, progress=progress, started=started)
     finally:
         given.source.close()
+
+
+def convert_opened(
+    given: Input, target: Path | str, options: ConvertOptions, *, progress: Progress | None, started: float
+) -> ConvertReport:
+    """Convert what is open already; see :func:`convert`. ``started``: of the clock ``time.perf_counter``."""
+    sealed = encryption(options)
+    job = plan_conversion(given, target, options)
+    notes = numerics.Notes()
+    if not options.dry_run:
+        run(job, given, options, notes, progress, sealed)
+    return _report(job, given, options, notes, time.perf_counter() - started)
 
 
 def plan_conversion(given: Input, target: Path | str, options: ConvertOptions) -> Job:
@@ -126,7 +136,7 @@ def _forward_job(given: Input, choice: Choice, options: ConvertOptions) -> Job:
     unused = [*made.unused, *((name, "not selected") for name in made.unselected)]
     planned = plan.build(content.specs, made.outputs, unused, seed=wayback.seed(choice.goal.name))
     record = _record(given, choice, made, planned, options_text(settings))
-    notes = list(made.notes)
+    notes = [*made.notes, *(given.source.arrangement.notes if isinstance(given.source, Assembled) else ())]
     if choice.crosses and choice.family is None:
         notes.append(
             "module paths are unchanged; --family gives another project's names (lorabridge inspect names tables)"
@@ -194,21 +204,30 @@ def _same_bits(given: Input, name: str, other: str) -> bool:
     return all(given.source.read(name, s).tobytes() == given.source.read(other, s).tobytes() for s in spans)
 
 
-def run(job: Job, given: Input, options: ConvertOptions, notes: numerics.Notes, progress: Progress | None) -> None:
+def run(
+    job: Job, given: Input, options: ConvertOptions, notes: numerics.Notes, progress: Progress | None,
+    sealed: Encryption | None = None,
+) -> None:  # fmt: skip
     """Execute a planned conversion and publish its files together."""
     output = job.choice.output
     sidecar = None if output.directory else manifest.sidecar(output.target)
     if sidecar is not None and sidecar.exists() and not output.target.exists() and not options.overwrite:
         raise OutputError("the output's manifest exists", where=str(sidecar), hint="move it away or pass --overwrite")
     _check_stored_checksums(given)
+    if options.check_replicas and isinstance(given.source, Assembled):
+        given.source.check_replicas()
     require_space(output.target.parent, job.plan.nbytes + (job.plan.nbytes >> 6))
     keys = {name: wayback.residue_key(expr) if job.residues else name for name, expr in _named(job.plan)}
     with Staging(
-        output.target, digest=_identity(given, job.plan), overwrite=options.overwrite, directory=output.directory
+        output.target,
+        digest=_identity(given, job.plan, sealed),
+        overwrite=options.overwrite,
+        directory=output.directory,
     ) as staging:
         sink = formats.make_sink(
             output.format, staging.create, output.file, max_shard_size=options.max_shard_size,
             flavour="ms" if job.choice.goal.framework == "mindspore" else "hf", crc=options.crc,
+            encryption=sealed,
         )  # fmt: skip
         outcome = execute.run(
             job.plan, given.source, sink,
@@ -234,10 +253,13 @@ def _check_stored_checksums(given: Input) -> None:
         msckpt.check_crc(given.source.path)
 
 
-def _identity(given: Input, planned: plan.Plan) -> str:
-    """Return a digest of everything that decides the output: the plan, and which source files there are now."""
+def _identity(given: Input, planned: plan.Plan, sealed: Encryption | None) -> str:
+    """Return a digest of everything that decides the output: plan, key, and which source files there are now."""
     digest = hashlib.sha256(planned.digest.encode())
-    for path in sorted({extent.path for name in given.source.specs for extent in given.source.extents(name)}):
+    if sealed is not None:
+        digest.update(f"{sealed.mode} {sealed.key.fingerprint()}".encode())
+    files = files_of(given.source)
+    for path in sorted(files | {given.source.path}):
         status = path.stat()
         digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
@@ -275,6 +297,14 @@ def _left_out(job: Job) -> tuple[tuple[str, str], ...]:
     return tuple(row for row in job.plan.unused if row[0] not in unselected)
 
 
+def _encryption_notes(given: Input, options: ConvertOptions) -> tuple[str, ...]:
+    if options.encrypt:
+        return ("the manifest beside is not encrypted: it holds names, shapes, settings and digests",)
+    if getattr(given.source, "encryption", ""):
+        return ("the source is encrypted and the output is not; --encrypt MODE encrypts a .ckpt",)
+    return ()
+
+
 def _report(
     job: Job, given: Input, options: ConvertOptions, notes: numerics.Notes, seconds: float
 ) -> ConvertReport:  # fmt: skip
@@ -297,7 +327,7 @@ def _report(
         unselected=job.unselected,
         not_carried=tuple(path.name for path in given.companions),
         warnings=job.warnings,
-        notes=job.notes,
+        notes=(*job.notes, *_encryption_notes(given, options)),
         rounding=RoundingRow.rows(notes),
         compressed=job.compressed,
         digest=job.plan.digest,

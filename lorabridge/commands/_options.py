@@ -133,6 +133,22 @@ def target_options(command: F) -> F:
     return command
 
 
+def key_option(command: F) -> F:
+    """Add --key-file: encrypted checkpoints are opened with its key while the command runs."""
+
+    def use(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
+        if value is not None and not context.resilient_parsing:
+            from ..formats import keys
+
+            context.with_resource(keys.using(keys.read_key(value)))
+
+    return click.option(
+        "--key-file", metavar="FILE", type=click.Path(path_type=Path), expose_value=False, callback=use,
+        envvar="LORABRIDGE_KEY_FILE",
+        help="Key of encrypted checkpoints; or set LORABRIDGE_KEY.",
+    )(command)  # fmt: skip
+
+
 def mappings_option(command: F) -> F:
     """Add --mappings."""
     return click.option(

@@ -16,6 +16,7 @@ from ._options import (
     StatedGiven,
     WrittenGiven,
     fact_options,
+    key_option,
     mappings_option,
     output_options,
     progress_option,
@@ -58,6 +59,8 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
     layers: str | None
     compress: str | None
     adapter_only: bool
+    encrypt: str | None
+    new_key_file: Path | None
 
 
 @documented(
@@ -72,6 +75,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
             "Selection": ("include", "exclude", "layers", "adapter_only"),
             "Numbers": ("dtype", "on_overflow", "compress"),
             "Writing": ("max_shard_size", "crc", "workers", "dry_run", "overwrite"),
+            "Encrypted checkpoints": ("key_file", "encrypt", "new_key_file"),
             "Output": ("json", "quiet", "verbose", "no_progress"),
         },
         examples=(
@@ -113,6 +117,11 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
               help="Reduce ranks by SVD to a relative error or to a rank; alone, to 1e-6.")  # fmt: skip
 @click.option("--max-shard-size", metavar="SIZE", type=Size(), help="Split the output: 5GB, 500MiB ...")
 @click.option("--crc", is_flag=True, help="Write MindSpore's CRC trailer into a .ckpt.")
+@key_option
+@click.option("--encrypt", metavar="MODE", type=click.Choice(["aes-gcm", "aes-cbc", "sm4-cbc"]),
+              help="Encrypt a .ckpt as MindSpore's enc_key does: aes-gcm, aes-cbc, sm4-cbc.")  # fmt: skip
+@click.option("--new-key-file", metavar="FILE", type=click.Path(path_type=Path),
+              help="Key to encrypt with, where it is not that of --key-file.")  # fmt: skip
 @click.option("--workers", metavar="N", type=click.IntRange(min=0, max=256), default=0, envvar="LORABRIDGE_WORKERS",
               help="Threads; by default one per CPU, at most 8. The output does not depend on it.")  # fmt: skip
 @click.option("-n", "--dry-run", is_flag=True, help="Plan and report; write nothing.")
@@ -128,7 +137,7 @@ def convert(source: Path, target: str, **given: Unpack[Given]) -> None:
     out = Output("convert", given["json"], given["quiet"], given["verbose"])
     if given["family"] is not None:
         known_family(given["family"], given["mappings"], hint="--family")
-    options = _options(given)
+    options = options_of(given)
     from ..actions.convert import convert as run
 
     with Progress("converting", enabled=not (given["no_progress"] or given["quiet"])) as progress:
@@ -136,10 +145,11 @@ def convert(source: Path, target: str, **given: Unpack[Given]) -> None:
     if out.json:
         out.document(done.as_json())
         return
-    _show(out, done)
+    show(out, done)
 
 
-def _options(given: Given) -> ConvertOptions:
+def options_of(given: Given) -> ConvertOptions:
+    """Return what the options ask for."""
     from ..actions.choices import ConvertOptions
 
     return ConvertOptions(
@@ -148,11 +158,13 @@ def _options(given: Given) -> ConvertOptions:
         facts=stated(given), dtype=given["dtype"], on_overflow=given["on_overflow"],
         include=given["include"], exclude=given["exclude"], layers=given["layers"], compress=given["compress"],
         adapter_only=given["adapter_only"], max_shard_size=given["max_shard_size"], crc=given["crc"],
+        encrypt=given["encrypt"], new_key_file=given["new_key_file"],
         workers=given["workers"], dry_run=given["dry_run"], overwrite=given["overwrite"],
     )  # fmt: skip
 
 
-def _show(out: Output, done: ConvertReport) -> None:
+def show(out: Output, done: ConvertReport) -> None:
+    """Print what a conversion did: one line, more with -v, and what the user must know."""
     line = f"{plain.escape(done.summary())} ({plain.size(done.nbytes)})"
     out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
     if out.verbose:

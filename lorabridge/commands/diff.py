@@ -8,7 +8,7 @@ import click
 
 from ..reports import plain
 from ._group import Command, Manual, documented
-from ._options import facts_for, mappings_option, output_options, progress_option
+from ._options import facts_for, key_option, mappings_option, output_options, progress_option
 from ._progress import Progress
 from ._terminal import Output, width
 from ._values import Name, dialects, facts, known_family, pairs
@@ -29,6 +29,7 @@ SHOWN = 20
                 "config",
                 "layout",
                 "mappings",
+                "key_file",
                 "alpha",
                 "use_rslora",
                 "fan_in_fan_out",
@@ -58,6 +59,7 @@ SHOWN = 20
               help="adapter_config.json or config.json, where it is not beside the files.")  # fmt: skip
 @click.option("--layout", metavar="KEY=VALUE", multiple=True, help="A choice that the table asks for.")
 @mappings_option
+@key_option
 @facts_for("alpha", "use_rslora", "fan_in_fan_out", "enable_lora", "kind")
 @output_options
 @progress_option

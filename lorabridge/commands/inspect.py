@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ._group import Command, Manual, documented
-from ._options import mappings_option, output_options, progress_option
+from ._options import key_option, mappings_option, output_options, progress_option
 from ._progress import Progress
 from ._terminal import Output, width
 from ._values import Name, dialects, facts
@@ -18,7 +18,15 @@ from ._values import Name, dialects, facts
         arguments={"PATH": "A checkpoint file, a sharded set's index, or a directory."},
         groups={
             "What to show": ("norms", "module", "tensors"),
-            "What the file does not say": ("source_dialect", "config", "mappings", "alpha", "rank", "enable_lora"),
+            "What the file does not say": (
+                "source_dialect",
+                "config",
+                "mappings",
+                "key_file",
+                "alpha",
+                "rank",
+                "enable_lora",
+            ),
             "Output": ("json", "quiet", "verbose", "no_progress"),
         },
         examples=(
@@ -39,6 +47,7 @@ from ._values import Name, dialects, facts
 @click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
               help="adapter_config.json or the model's config.json, where it is not beside PATH.")  # fmt: skip
 @mappings_option
+@key_option
 @click.option("--alpha", metavar="[PATTERN=]NUMBER", multiple=True, help="The adapter's alpha.")
 @click.option("--rank", metavar="[PATTERN=]R", multiple=True, help="The adapter's rank.")
 @click.option("--enable-lora", metavar="[PATTERN=]T,F,T", multiple=True, help="Adapted parts of a MergedLinear.")

@@ -17,6 +17,7 @@ from ._options import (
     StatedGiven,
     WrittenGiven,
     fact_options,
+    key_option,
     mappings_option,
     output_options,
     progress_option,
@@ -51,7 +52,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
             "OUT": "A file, whose suffix decides the container (.safetensors, .bin/.pt, .ckpt), or a directory.",
         },
         groups={
-            "From and to": ("adapter_dialect", "target_dialect", "family", "config", "layout", "mappings"),
+            "From and to": ("adapter_dialect", "target_dialect", "family", "config", "layout", "mappings", "key_file"),
             "What the adapter does not say": tuple(FACTS),
             "Numbers": ("weights", "exact", "residual_base", "onto_merged"),
             "Writing": ("undo", "max_shard_size", "crc", "workers", "dry_run", "overwrite"),
@@ -80,6 +81,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
 @click.option("--layout", metavar="KEY=VALUE", multiple=True,
               help="A choice that a table asks for, such as qkv_concat=grouped. May be repeated.")  # fmt: skip
 @mappings_option
+@key_option
 @fact_options
 @click.option("--weights", metavar="W,W...", help="Multiply each adapter's deltas by a number.")
 @click.option("--exact", is_flag=True, help="Compute deltas to 48 bits for bfloat16 too; other types get them anyway.")

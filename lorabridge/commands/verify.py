@@ -15,6 +15,7 @@ from ._options import (
     ShownGiven,
     StatedGiven,
     fact_options,
+    key_option,
     mappings_option,
     output_options,
     progress_option,
@@ -52,7 +53,7 @@ class Given(NamedGiven, StatedGiven, ShownGiven):
         },
         groups={
             "What to compare": ("base", "depth", "model", "seed"),
-            "From and to": ("source_dialect", "target_dialect", "family", "config", "layout", "mappings"),
+            "From and to": ("source_dialect", "target_dialect", "family", "config", "layout", "mappings", "key_file"),
             "What the files do not say": tuple(FACTS),
             "Output": ("report", "json", "quiet", "verbose", "no_progress"),
         },
@@ -88,6 +89,7 @@ class Given(NamedGiven, StatedGiven, ShownGiven):
 @click.option("--layout", metavar="KEY=VALUE", multiple=True,
               help="A choice that a table asks for, such as qkv=grouped. May be repeated.")  # fmt: skip
 @mappings_option
+@key_option
 @fact_options
 @click.option("--report", metavar="FILE", type=click.Path(path_type=Path),
               help="Write the findings into FILE.html, FILE.md or FILE.png as well.")  # fmt: skip

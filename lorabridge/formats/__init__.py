@@ -14,6 +14,7 @@ from .untrusted import refused_by_system, shown
 if TYPE_CHECKING:
     from ..files.fsio import OutFile
     from ..tensors import Sink, Source
+    from .encrypted import Encryption
 
 __all__ = ["FORMATS", "Container", "Kind", "container", "format_for", "identify", "make_sink", "open_source"]
 
@@ -92,17 +93,25 @@ def make_sink(
     max_shard_size: int | None = None,
     flavour: Flavour = "hf",
     crc: bool = False,
+    encryption: Encryption | None = None,
 ) -> Sink:
     """Return a sink for a container.
 
     ``max_shard_size``: bytes of tensors per file; above it shards and ``<filename>.index.json`` are written.
     ``flavour``: whose safetensors, Hugging Face's or MindSpore's. ``crc``: append MindSpore's checksum to a ``.ckpt``.
-    UsageError for options that the container does not have. ``shardsink.main_file`` names the file that stands for
-    the whole.
+    ``encryption``: encrypt a ``.ckpt``. UsageError for options that the container does not have.
+    ``shardsink.main_file`` names the file that stands for the whole.
     """
     if crc and format != "mindspore":
         raise UsageError(f"{format} files have no checksum trailer", where=shown(filename), hint="drop --crc")
-    known: dict[str, dict[str, object]] = {"safetensors": {"flavour": flavour}, "mindspore": {"crc": crc}}
+    if encryption is not None and format != "mindspore":
+        raise UsageError(
+            f"{format} files cannot be encrypted", where=shown(filename), hint="drop --encrypt, or write a .ckpt"
+        )
+    known: dict[str, dict[str, object]] = {
+        "safetensors": {"flavour": flavour},
+        "mindspore": {"crc": crc, "encryption": encryption},
+    }
     options = known.get(format, {})
     if max_shard_size is None:
         return container(format).make_sink(create, filename, **options)

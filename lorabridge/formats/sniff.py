@@ -32,7 +32,6 @@ class Kind:
 _RESAVE = "load it where it was made and save its state_dict as safetensors or with a current torch.save"
 _UNPACK = "unpack it and name the checkpoint inside"
 _MERGE = "name the weights files; strategy files describe how they were cut"
-_DECRYPT = "load it with mindspore.load_checkpoint(dec_key=..., dec_mode=...) and save it without enc_key"
 _NAME = "name a checkpoint file"
 
 KINDS: dict[str, Kind] = {
@@ -56,9 +55,9 @@ KINDS: dict[str, Kind] = {
         Kind("mindspore-strategy", "a MindSpore parallel strategy file", None, _MERGE),
         Kind("mindspore-strategy-json", "a MindSpore parallel strategy file in JSON", None, _MERGE),
         Kind("mindspore-group", "a MindSpore communication group file", None, _MERGE),
-        Kind("mindspore-aes-gcm", "a MindSpore checkpoint encrypted with AES-GCM", None, _DECRYPT),
-        Kind("mindspore-aes-cbc", "a MindSpore checkpoint encrypted with AES-CBC", None, _DECRYPT),
-        Kind("mindspore-sm4-cbc", "a MindSpore checkpoint encrypted with SM4-CBC", None, _DECRYPT),
+        Kind("mindspore-aes-gcm", "a MindSpore checkpoint encrypted with AES-GCM", "mindspore"),
+        Kind("mindspore-aes-cbc", "a MindSpore checkpoint encrypted with AES-CBC", "mindspore"),
+        Kind("mindspore-sm4-cbc", "a MindSpore checkpoint encrypted with SM4-CBC", "mindspore"),
         Kind("tar", "a tar archive", None, _UNPACK),
         Kind("gzip", "gzip-compressed data", None, _UNPACK),
         Kind("zstd", "zstd-compressed data", None, _UNPACK),

@@ -20,7 +20,7 @@ from mindspore.train import serialization
 from lorabridge.dtypes import BY_MINDSPORE, BY_NAME, DTYPES, DType
 from lorabridge.errors import InputError, MappingError
 from lorabridge.files.fsio import Staging
-from lorabridge.formats import msckpt
+from lorabridge.formats import msckpt, msckptsink
 from lorabridge.tensors import Extent, TensorSpec
 
 serialization._get_available_memory = lambda: None  # 2.10 takes free memory for available memory
@@ -187,7 +187,7 @@ def test_types_that_mindspore_saves_but_cannot_load_are_read_and_not_written(tmp
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> int:
     """Let both writers cut at 1 KiB instead of 512 MiB."""
     monkeypatch.setattr(serialization, "SLICE_SIZE", 1)
-    monkeypatch.setattr(msckpt, "SLICE_BYTES", 1024)
+    monkeypatch.setattr(msckptsink, "SLICE_BYTES", 1024)
     return 1024
 
 
@@ -431,7 +431,7 @@ def test_what_is_written_is_read_back(
     specs = [TensorSpec(name, dtype, shape) for name, (dtype, shape, _) in made.items()]
     bits = {name: some_bits(dtype, shape, seed) for name, (dtype, shape, seed) in made.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(msckpt, "SLICE_BYTES", slice_bytes)
+        patch.setattr(msckptsink, "SLICE_BYTES", slice_bytes)
         write(tmp_path / "a.ckpt", specs, bits, crc=crc)
     source = msckpt.open_file(tmp_path / "a.ckpt")
     assert list(source.specs.values()) == specs
