@@ -10,6 +10,7 @@ COMMANDS = {
     "unmerge": "lorabridge.commands.unmerge:unmerge",
     "switch": "lorabridge.commands.switch:switch",
     "verify": "lorabridge.commands.verify:verify",
+    "reassemble": "lorabridge.commands.reassemble:reassemble",
     "inspect": "lorabridge.commands.inspect:inspect",
     "resize": "lorabridge.commands.resize:resize",
     "extract": "lorabridge.commands.extract:extract",

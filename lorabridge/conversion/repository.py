@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .. import formats, manifest
+from .. import distributed, formats, manifest
 from ..dialects.adapter import Content, Facts, Json
+from ..distributed.assembled import Assembled
 from ..errors import InputError, UsageError
 from ..tensors import Source
 
@@ -45,18 +46,21 @@ class Input:
         return Content(self.source.specs, metadata, self.adapter_config, facts or Facts(), str(self.path))
 
 
-def open_input(path: Path, *, config: Path | None = None) -> Input:
+def open_input(
+    path: Path, *, config: Path | None = None, strategies: Sequence[Path] = (), step: str | None = None
+) -> Input:
     """Open a file or a directory; headers, configs and the manifest only.
 
     ``config`` names an adapter_config.json or a model's config.json, told apart by their fields, and outranks what is
     found. Without it they come from the directory or from beside the file, else from the manifest; a lone
-    file's manifest outranks what merely lies beside it.
+    file's manifest outranks what merely lies beside it. ``strategies`` and ``step`` are about directories that several
+    ranks wrote, which are read as one checkpoint (see ``lorabridge.distributed``).
     Raises InputError for anything malformed, with the file.
     """
     path = Path(path)
     if "\0" in str(path):
         raise InputError("a path cannot hold a zero byte", where=repr(str(path)), hint="check the path")
-    source = formats.open_source(weights_path(path))
+    source = _open_weights(path, strategies, step)
     try:
         found, stated = manifest.find(path, source.metadata)
         folder = path if path.is_dir() else path.parent
@@ -83,6 +87,18 @@ def open_input(path: Path, *, config: Path | None = None) -> Input:
         raise
 
 
+def _open_weights(path: Path, strategies: Sequence[Path], step: str | None) -> Source:
+    assembled = distributed.open_distributed(path, strategies=strategies, step=step)
+    if assembled is not None:
+        return assembled
+    if strategies or step is not None:
+        raise UsageError(
+            "a strategy or a step is given for what is no distributed checkpoint", where=str(path),
+            hint="name the directory that holds rank_0, rank_1 ..., or leave --strategy and --step out",
+        )  # fmt: skip
+    return formats.open_source(weights_path(path))
+
+
 def weights_path(path: Path) -> Path:
     """Return the file that holds an input's tensors: the adapter's weights inside a peft directory, else ``path``."""
     if not path.is_dir():
@@ -96,10 +112,16 @@ def weights_path(path: Path) -> Path:
 
 
 def _own_files(source: Source) -> set[str]:
-    files = {source.path.name}
-    for name in source.specs:
-        files.update(extent.path.name for extent in source.extents(name))
-    return files
+    """Return the names in the source's directory that its tensors lie under."""
+    home = source.path if source.path.is_dir() else source.path.parent
+    inside = [path.relative_to(home).parts[0] for path in files_of(source) if path.is_relative_to(home)]
+    return {source.path.name, *inside}
+
+
+def files_of(source: Source) -> set[Path]:
+    """Return the files that hold a source's tensors."""
+    pieces = source.pieces if isinstance(source, Assembled) else source
+    return {extent.path for name in pieces.specs for extent in pieces.extents(name)}
 
 
 def _beside(path: Path) -> tuple[Json | None, str]:

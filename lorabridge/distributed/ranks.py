@@ -23,8 +23,6 @@ from .strategy import Strategy, fitted, read_strategy
 
 _RANK = re.compile(r"rank_(\d{1,7})")
 _STEP = re.compile(r"-(\d+_\d+)$")
-_ACCUMULATED = "accu_grads."
-"""What a pipeline accumulates while it trains; strategies list it, checkpoints need not hold it."""
 
 
 def is_rank_directory(path: Path) -> bool:
@@ -206,8 +204,8 @@ class _Arranging:
         held = {r: self.pieces.held[file][name] for r, file in files.items() if name in self.pieces.held[file]}
         if not held:
             absent = [rank for rank in members if rank not in self.ranks]
-            if not absent or name.startswith(_ACCUMULATED):
-                self.unsaved.append(name)
+            if any(all(first + rank in self.ranks for rank in ranks) for ranks in layout.holders().values()):
+                self.unsaved.append(name)  # a slice that all its ranks would have to hold is on none of them
             elif len(absent) < len(members):  # a whole stage is said once
                 self.problems.append(f"{shown(name)}: on no rank that is there; rank {_listed(absent)} is missing")
             return None
@@ -219,7 +217,8 @@ class _Arranging:
         ((_, local),) = shapes
         fits = fitted(layout, local)
         if fits is None or fits.problem():
-            self.problems.append(f"{shown(name)}: slices of shape {local} are not of the strategy's layout")
+            whole = f", which cuts a tensor of shape {layout.shape}" if layout.shape else ""
+            self.problems.append(f"{shown(name)}: slices of shape {local} are not of the strategy's layout{whole}")
             return None
         return self._put_together(stage, name, fits, set(held), first)
 
