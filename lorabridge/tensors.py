@@ -36,6 +36,15 @@ class TensorSpec:
         return (self.size * self.dtype.bits + 7) // 8
 
 
+MARK = "lorabridge."
+"""How metadata keys begin that every container carries, and that a conversion keeps: what was done to the tensors."""
+
+
+def marks(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata that travels with the tensors from file to file."""
+    return {key: text for key, text in metadata.items() if key.startswith(MARK)}
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """Name a byte range of a file that holds (a part of) one tensor's contiguous buffer."""

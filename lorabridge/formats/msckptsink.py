@@ -64,7 +64,8 @@ class CkptSink:
     """Write a MindSpore checkpoint; see ``lorabridge.tensors.Sink``.
 
     The format has no place for metadata: of what ``begin`` gets only marks are written, in a field that MindSpore
-    passes over (see ``marks``); a manifest beside the file must carry the rest. ``begin`` may put zeros where small tensors follow, so it must precede every ``write`` and ``copy``.
+    passes over (see ``marks``); a manifest beside the file must carry the rest. ``begin`` may put zeros where small
+    tensors follow, so it must precede every ``write`` and ``copy``.
     """
 
     def __init__(self, create: Callable[[str], OutFile | SealedFile], filename: str, *, crc: bool) -> None:

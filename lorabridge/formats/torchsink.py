@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import LorabridgeError, MappingError
 from ..tensors import Extent, Sink, TensorSpec
+from . import marks
 from .storedzip import BLOCK, Record, combine_crc, descriptor, directory, local_header, place
 from .torchvalues import STORAGE_OF
 from .untrusted import MAX_NAME, shown
@@ -33,7 +34,7 @@ def make_sink(create: Callable[[str], OutFile], filename: str) -> Sink:
 
     The file is laid out as torch 2.13 lays out ``torch.save(dict_of_tensors, filename)``: the same records at the same
     offsets, one storage per tensor. Only the optional ``.data/serialization_id`` record is missing. The bytes depend on
-    the tensors and on the file's name (its stem is the archive's top folder) and on nothing else.
+    the tensors, the marks (see ``marks``) and the file's name (its stem is the archive's top folder), on nothing else.
     """
     return _TorchSink(create, filename)
 
@@ -50,7 +51,7 @@ class _TorchSink:
         self._directory = 0
 
     def begin(self, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
-        """Fix the layout and reserve the space; ``metadata`` is ignored, this container has no place for it.
+        """Fix the layout and reserve the space; of ``metadata`` only marks are written, in a record of their own.
 
         Raises MappingError for tensors that torch cannot hold and for names that are empty, repeated or no text.
         """
@@ -63,10 +64,13 @@ class _TorchSink:
         }
         sizes = [(name, len(content)) for name, content in before.items()]
         sizes += [(f"data/{i}", spec.nbytes) for i, spec in enumerate(specs)]
-        sizes += [("version", len(_VERSION))]
+        after = {"version": _VERSION}
+        if said := marks.encode(metadata):
+            after[marks.RECORD] = said
+        sizes += [(name, len(content)) for name, content in after.items()]
         top = PurePath(self._filename).stem.replace("\\", "_").strip(".") or "archive"
         self._records, self._directory, total = place(top.encode(errors="replace").decode(), sizes)
-        self._contents = [*before.values(), *[None] * len(specs), _VERSION]
+        self._contents = [*before.values(), *[None] * len(specs), *after.values()]
         self._tensors = dict(zip((spec.name for spec in specs), self._records[len(before) :], strict=False))
         self._pieces = {spec.name: [] for spec in specs}
         self._out = self._create(self._filename)

@@ -28,12 +28,13 @@ import numpy as np
 from ..dtypes import BY_TORCH
 from ..errors import InputError
 from ..tensors import Extent, TensorSpec
+from . import marks
 from .sniff import identify, refusal
 from .storedzip import BLOCK, Record, check_crc, read_directory, record_bytes
 from .torchpickle import MAX_PICKLE, Unpickler
 from .torchsink import make_sink
 from .torchvalues import PickleError, Refused, Storage, Table, Tensor, kind
-from .untrusted import MAX_NAME, MAX_RANK, MAX_TENSORS, open_regular, pread_into, shown
+from .untrusted import MAX_METADATA, MAX_NAME, MAX_RANK, MAX_TENSORS, open_regular, pread_into, shown
 
 if TYPE_CHECKING:
     from ..tensors import Bits
@@ -65,13 +66,14 @@ class TorchSource:
         *,
         big_endian: bool,
         skipped: tuple[tuple[str, str], ...],
+        metadata: Mapping[str, str],
     ) -> None:
         self.format = NAME
         self.path = path
         self.specs: Mapping[str, TensorSpec] = {
             name: TensorSpec(name, BY_TORCH[tensor.dtype], tensor.shape) for name, tensor in tensors.items()
         }
-        self.metadata: Mapping[str, str] = {}
+        self.metadata: Mapping[str, str] = metadata
         self.skipped = skipped
         self.records = records
         self._file = file
@@ -178,7 +180,8 @@ def _open(file: io.FileIO, path: Path, key: str | None) -> TorchSource:
     _, records = read_directory(file, path)
     if any(name.startswith(_SCRIPT) for name in records):
         raise InputError("this is a TorchScript archive, which holds code", where=where, hint=_RESAVE)
-    odd = [name for name in records if name not in _SMALL and name != "data.pkl" and not _is_storage(name)]
+    known = {*_SMALL, "data.pkl", marks.RECORD}
+    odd = [name for name in records if name not in known and not _is_storage(name)]
     missing = [name for name in ("data.pkl", "version") if name not in records]
     if odd or missing:
         places = [
@@ -200,7 +203,18 @@ def _open(file: io.FileIO, path: Path, key: str | None) -> TorchSource:
     _check_views(tensors, where)
     unused = sorted({name for name in records if _is_storage(name)} - {f"data/{key}" for key in unpickler.storages})
     skipped += [*others, *((name, "a record that nothing refers to") for name in unused)]
-    return TorchSource(file, path, tensors, records, big_endian=big_endian, skipped=tuple(skipped))
+    said = _marks(file, path, records)
+    return TorchSource(file, path, tensors, records, big_endian=big_endian, skipped=tuple(skipped), metadata=said)
+
+
+def _marks(file: io.FileIO, path: Path, records: Mapping[str, Record]) -> dict[str, str]:
+    record = records.get(marks.RECORD)
+    if record is None:
+        return {}
+    where = f"{shown(str(path))}: {marks.RECORD}"
+    if record.size > MAX_METADATA:
+        raise InputError(f"the record has {record.size} bytes, more than {MAX_METADATA}", where=where, hint=_RESAVE)
+    return marks.decode(record_bytes(file, path, record), where=where)
 
 
 def _is_storage(name: str) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .untrusted import MAX_RANK
+from .untrusted import MAX_METADATA, MAX_RANK
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 """The wire types a field may have here."""
@@ -27,6 +27,9 @@ MAX_NAME = 1024
 MAX_RECORDS = 1_000_000
 MAX_FIELDS = 1000
 """Fields of one record, and unknown fields beside the records, that the reader walks over."""
+
+PRIVATE = 1000
+"""Number of the field beside the records that holds lorabridge's own notes; MindSpore passes over it."""
 
 TRAILER = b"crc_num"
 TRAILER_BYTES = len(TRAILER) + 10
@@ -153,10 +156,11 @@ class Record:
     length: int
 
 
-def walk(window: Window) -> tuple[list[Record], Crc | None]:
+def walk(window: Window, private: Callable[[bytes], None] | None = None) -> tuple[list[Record], Crc | None]:
     """Return every record of a checkpoint, and the checksum of its trailer if it has one.
 
-    Raises WireError for whatever is no sequence of complete records, and for hash tables (``maptensor``).
+    ``private`` is called with the content of each field PRIVATE beside the records. Raises WireError for whatever is
+    no sequence of complete records, and for hash tables (``maptensor``).
     """
     size, at, unknown = window.size, 0, 0
     tail = window.bytes_at(size - TRAILER_BYTES, TRAILER_BYTES) if size >= TRAILER_BYTES else b""
@@ -176,6 +180,11 @@ def walk(window: Window) -> tuple[list[Record], Crc | None]:
             records.append(_record(window, start, after))
         else:
             unknown += 1
+            if private is not None and number == PRIVATE:
+                _expect(kind, BYTES, "what lorabridge noted", at)
+                if after - start > MAX_METADATA:
+                    raise WireError(f"what lorabridge noted has {after - start} bytes", at)
+                private(window.bytes_at(start, after - start))
         if len(records) > MAX_RECORDS or unknown > MAX_FIELDS:
             raise WireError(f"more than {MAX_RECORDS} records or {MAX_FIELDS} unknown fields", at)
         at = after
