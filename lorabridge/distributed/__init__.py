@@ -16,8 +16,12 @@ def open_distributed(path: Path, *, strategies: Sequence[Path] = (), step: str |
     ``strategies``, ``step``: see :func:`.ranks.open_ranks`; they are asked for by some layouts only. Raises InputError
     naming what is missing, disagrees or does not fit; nothing but headers is read.
     """
+    if not path.is_dir():
+        return None
+    from .iterations import iteration_directory, open_iteration
     from .ranks import is_rank_directory, open_ranks
 
     if is_rank_directory(path):
         return open_ranks(path, strategies=strategies, step=step)
-    return None
+    iteration = iteration_directory(path, step)
+    return open_iteration(iteration) if iteration is not None else None
