@@ -1,10 +1,10 @@
 """Products of factors that are low-rank pairs in disguise: Hadamard (LoHa), Kronecker (LoKr), Tucker (``lora_mid``).
 
-| update | delta | exact pair ``b @ a`` | rank |
+| | delta | exact pair ``b @ a`` | rank |
 |---|---|---|---|
-| LoHa | ``(b1 a1) * (b2 a2)``, elements | ``a[i, j] = a1[i] * a2[j]``, ``b[:, i, j] = b1[:, i] * b2[:, j]`` | ``r1 r2`` |
+| LoHa | ``(b1 a1) * (b2 a2)`` | ``a[i, j] = a1[i] * a2[j]``, ``b[:, i, j] = b1[:, i] * b2[:, j]`` | ``r1 r2`` |
 | LoKr | ``kron(w1, w2)``, ``w = b a`` or whole | ``kron(b1, b2) @ kron(a1, a2)``; whole: ``w 1``, ``1 w`` | ``r1 r2`` |
-| Tucker | ``up[o, p] mid[p, q, *k] down[q, i]`` | ``a[p, i, *k] = sum_q mid[p, q, *k] down[q, i]``, ``b = up`` | ``r`` |
+| Tucker | ``up[o, p] mid[p, q, *k] down[q, i]`` | ``a[p, i, *k] = sum_q mid[p, q, *k] down[q, i]``, ``b = up``| ``r`` |
 
 The first two are the mixed-product rules of Khatri and Rao (1968) and of the Kronecker product: an element of the new
 factors is one product of two old ones, which float64 holds exactly for anything up to float32. It is rounded once, to
