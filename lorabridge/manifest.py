@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .dialects.adapter import FACT_FIELDS, Fact, Facts, Json, Value
+from .dialects.adapter import FACT_FIELDS, READ_FIELDS, Fact, Facts, Json, Value
 from .dtypes import BY_NAME
 from .errors import InputError
 from .tensors import TensorSpec
@@ -166,7 +166,7 @@ def facts_from_json(rows: Iterable[Iterable[Value]]) -> Facts:
     """Parse [pattern, field, value] rows; ValueError for unknown fields."""
     entries = []
     for pattern, name, value in rows:
-        if name not in FACT_FIELDS or not isinstance(pattern, str):
+        if name not in (*FACT_FIELDS, *READ_FIELDS) or not isinstance(pattern, str):
             raise ValueError(f"unknown fact {name!r}")
         entries.append(Fact(pattern, str(name), value))
     return Facts(tuple(entries))

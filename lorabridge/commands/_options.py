@@ -28,6 +28,9 @@ FACT_HELP = {
     "conv_form": ("[PATTERN=]peft|loralib", "Factorization that conv factors follow."),
     "kind": ("[PATTERN=]KIND", "linear, embedding, conv1d, conv2d or conv3d."),
     "merged": ("[PATTERN=]yes|no", "Whether the base weights already hold the delta."),
+    "as": ("[PATTERN=]lora", "Write other kinds (LoHa, LoKr ...) as LoRA of the rank that it takes."),
+    "names_of": ("NAME|PATH", "The model that flattened names belong to: sd15, sdxl ... or files."),
+    "alpha_in": ("weights|config", "Where alpha goes: multiplied into B, or into the file's config."),
 }
 
 
@@ -40,7 +43,11 @@ class NamedGiven(TypedDict):
     mappings: Path | None
 
 
-class StatedGiven(TypedDict):
+_AsGiven = TypedDict("_AsGiven", {"as": tuple[str, ...]})
+"""The one field whose name Python keeps for itself."""
+
+
+class StatedGiven(_AsGiven):
     """Statements about modules, as click hands them over."""
 
     alpha: tuple[str, ...]
@@ -54,6 +61,8 @@ class StatedGiven(TypedDict):
     conv_form: tuple[str, ...]
     kind: tuple[str, ...]
     merged: tuple[str, ...]
+    names_of: tuple[str, ...]
+    alpha_in: tuple[str, ...]
 
 
 class WrittenGiven(TypedDict):
@@ -82,6 +91,7 @@ def stated(given: StatedGiven) -> Facts:
         "fan_in_fan_out": given["fan_in_fan_out"], "enable_lora": given["enable_lora"],
         "kernel_size": given["kernel_size"], "groups": given["groups"], "out_features": given["out_features"],
         "conv_form": given["conv_form"], "kind": given["kind"], "merged": given["merged"],
+        "as": given["as"], "names_of": given["names_of"], "alpha_in": given["alpha_in"],
     }  # fmt: skip
     return facts(texts.items())
 

@@ -142,8 +142,13 @@ class Fact:
 
 FACT_FIELDS = (
     "alpha", "rank", "use_rslora", "fan_in_fan_out", "enable_lora", "kernel_size", "groups", "conv_form", "kind",
-    "merged", "out_features",
+    "merged", "out_features", "as", "names_of", "alpha_in",
 )  # fmt: skip
+"""What can be stated about modules; each is an option of the command line."""
+
+READ_FIELDS = ("value", "module")
+"""What is not stated but read, before a dialect parses: the number in a one-element tensor (the pattern is its name),
+and the module that a flattened name stands for (the pattern is that name). Neither pattern is a glob."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +156,10 @@ class Facts:
     """What a file does not say about its adapter, from flags, then a sidecar; the first match wins."""
 
     entries: tuple[Fact, ...] = ()
+
+    def read(self, name: str) -> Mapping[str, Value]:
+        """Return the values of a field that was read (see ``READ_FIELDS``), by what they were read from."""
+        return {entry.pattern: entry.value for entry in reversed(self.entries) if entry.field == name}
 
     def get(self, path: str, name: str) -> Value:
         """Return the value stated for a module, or None where nothing is."""
@@ -175,12 +184,19 @@ class Content:
     path: str = ""
 
 
+DIRECTORY, TITLE = "@DIRECTORY@", "@TITLE@"
+"""Stand for the output directory's absolute path and for its name in ``Written.files``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """What a dialect wants written: tensors in order, a config file's content if the dialect has one, and the facts
     about the written file that the file itself cannot say (keyed by the paths in that file).
 
-    ``modules``: as they stand in the file, ranks and scalings included.
+    ``modules``: as they stand in the file, ranks and scalings included. ``files``: small text files for an output
+    directory, by name; ``DIRECTORY`` in them stands for its absolute path and ``TITLE`` for its name, as JSON spells
+    them.
+    ``metadata``: pairs for a safetensors header.
     """
 
     tensors: Sequence[tuple[str, Expr]]
@@ -188,6 +204,8 @@ class Written:
     facts: Facts = Facts()
     notes: tuple[str, ...] = ()
     modules: Sequence[LoraModule] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 class Dialect(Protocol):
