@@ -122,7 +122,8 @@ def _line(error: InputError) -> str:
 
 
 def _prefix(prefix: Prefix) -> str:
-    return f"{prefix.text} (optional)" if prefix.optional else prefix.text
+    texts = " or ".join((prefix.text, *prefix.also))
+    return f"{texts} (optional)" if prefix.optional else texts
 
 
 def _rows(table: Table) -> Iterator[Row]:

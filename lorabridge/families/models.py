@@ -114,7 +114,9 @@ def resolve(table: Table, names: Iterable[str], *, side: SideName, layout: Mappi
             f"the checkpoint mixes names with and without the prefix {table.prefix(side).text!r}", where=seen.values()
         )
     chosen = _choose(table, given, implied, open_choices)
-    found = {side: next(iter(seen), prefixes[side][0]), other_side(side): prefixes[other_side(side)][0]}
+    theirs = prefixes[other_side(side)]
+    mine = next(iter(seen), prefixes[side][0])
+    found = {side: mine, other_side(side): mine if table.alike and mine in theirs else theirs[0]}
     return Variant(found["hf"], found["ms"], chosen)
 
 

@@ -38,6 +38,12 @@ def _identity(table: Table) -> Iterator[str]:
     content = table.rules or table.tied or table.buffers or table.layouts or table.sizes or table.holes
     if table.identity and (content or table.hf_prefix.text or table.ms_prefix.text):
         yield f"{table.file}: an identity table has no rules, sizes or prefixes"
+    if table.alike and table.hf_prefix != table.ms_prefix:
+        yield f"{table.file}: alike = true, but the two prefixes are not the same"
+    if len(set(table.hf_prefix.answers)) + len(set(table.ms_prefix.answers)) != len(
+        (*table.hf_prefix.answers, *table.ms_prefix.answers)
+    ):
+        yield f"{table.file}: a prefix is given twice"
     if not table.identity and not table.rules:
         yield f"{table.file}: the table has no rules"
 

@@ -89,15 +89,19 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What every prefixed name of a side begins with; optional: all names of a checkpoint have it, or none."""
+    """What every prefixed name of a side begins with; optional: all names of a checkpoint have it, or none.
+
+    ``also``: other texts that checkpoints have in its place, such as that of a wrapper that was trained.
+    """
 
     text: str = ""
     optional: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def answers(self) -> tuple[str, ...]:
         """The prefixes a checkpoint may have, the usual one first."""
-        return (self.text, "") if self.optional and self.text else (self.text,)
+        return (self.text, *self.also, "") if self.optional and self.text else (self.text, *self.also)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,7 @@ class Table:
     """The correspondence of one model family's Hugging Face names and one MindSpore project's names.
 
     ``sizes``: in order, each over config fields and earlier sizes. ``holes``: how far an integer hole counts.
-    ``identity``: no rules, every path stays as it is.
+    ``identity``: no rules, every path stays as it is. ``alike``: both sides have the same prefix, or both none.
     """
 
     family: str
@@ -163,6 +167,7 @@ class Table:
     holes: tuple[tuple[str, Size], ...] = ()
     hf_prefix: Prefix = Prefix()
     ms_prefix: Prefix = Prefix()
+    alike: bool = False
     layouts: tuple[Layout, ...] = ()
     rules: tuple[Rule, ...] = ()
     tied: tuple[Tied, ...] = ()

@@ -250,7 +250,7 @@ def _table(reader: _Reader, data: Item) -> Table:
     match_ref, match = reader.section(data, "match")
     reader.known(match_ref, match, ("model_type",))
     prefix_ref, prefixes = reader.section(data, "prefix")
-    reader.known(prefix_ref, prefixes, ("hf", "ms"))
+    reader.known(prefix_ref, prefixes, ("hf", "ms", "alike"))
     rules = [_linear(reader, ref, item) for ref, item in reader.items(data, "linear")]
     rules += [_embedding(reader, ref, item) for ref, item in reader.items(data, "embedding")]
     rules += [_param(reader, ref, item) for ref, item in reader.items(data, "param")]
@@ -262,6 +262,7 @@ def _table(reader: _Reader, data: Item) -> Table:
         holes=_sizes(reader, data, "holes"),
         hf_prefix=_prefix(reader, prefix_ref, prefixes, "hf"),
         ms_prefix=_prefix(reader, prefix_ref, prefixes, "ms"),
+        alike=reader.flag(prefix_ref, prefixes, "alike", False),
         layouts=tuple(_layout(reader, ref, item) for ref, item in reader.items(data, "layout")),
         rules=tuple(sorted(rules, key=lambda rule: rule.ref.line)),
         tied=tuple(_tied(reader, ref, item) for ref, item in reader.items(data, "tied")),
@@ -282,14 +283,15 @@ def _prefix(reader: _Reader, ref: RuleRef, prefixes: Item, side: SideName) -> Pr
     if not isinstance(value, dict):
         reader.complain(reader.key(ref, side), "a prefix is a text, or { text = ..., optional = true }")
         return Prefix()
-    reader.known(reader.key(ref, side), value, ("text", "optional"))
-    text = value.get("text", "")
-    if not isinstance(text, str) or (text and ("{" in text or not text.endswith("."))):
-        reader.complain(reader.key(ref, side), "a prefix is literal text that ends with a dot")
-        return Prefix()
-    if text:
-        reader.template(ref, side, text)
-    return Prefix(text, reader.flag(ref, value, "optional", False))
+    reader.known(reader.key(ref, side), value, ("text", "optional", "also"))
+    text, also = value.get("text", ""), reader.words(reader.key(ref, side), value, "also")
+    for one in (text, *also):
+        if not isinstance(one, str) or (one and ("{" in one or not one.endswith("."))):
+            reader.complain(reader.key(ref, side), "a prefix is literal text that ends with a dot")
+            return Prefix()
+        if one:
+            reader.template(ref, side, one)
+    return Prefix(text, reader.flag(ref, value, "optional", False), also)
 
 
 def _linear(reader: _Reader, ref: RuleRef, item: Item) -> Rule:
