@@ -7,7 +7,6 @@ for zip64 are those of the zip writer in torch 2.13, so that offsets computed by
 from __future__ import annotations
 
 import io
-import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..errors import InputError
-from .untrusted import MAX_NAME, MAX_TENSORS, shown
+from .untrusted import MAX_NAME, MAX_TENSORS, Region, pread_into, shown, size_of
 
 ALIGNMENT = 64
 BLOCK = 4 * 2**20
@@ -50,7 +49,7 @@ class _Damaged(ValueError):
     """Say in one clause what a zip archive has wrong."""
 
 
-def read_directory(file: io.FileIO, path: Path) -> tuple[str, dict[str, Record]]:
+def read_directory(file: io.FileIO | Region, path: Path) -> tuple[str, dict[str, Record]]:
     """Return the top folder and the records by their name below it, in directory order.
 
     Everything between the first byte and the last is accounted for: local headers that agree with the directory,
@@ -58,7 +57,7 @@ def read_directory(file: io.FileIO, path: Path) -> tuple[str, dict[str, Record]]
     several top folders, repeated or unsafe names, overlaps, holes, zip64 fields that contradict each other, comments.
     """
     try:
-        size = os.fstat(file.fileno()).st_size
+        size = size_of(file)
         start, length, count = _end(file, size)
         listed = list(_entries(_pread(file, start, length), count))
         records = _locate(file, listed, start)
@@ -71,7 +70,7 @@ def read_directory(file: io.FileIO, path: Path) -> tuple[str, dict[str, Record]]
         ) from None
 
 
-def record_bytes(file: io.FileIO, path: Path, record: Record) -> bytes:
+def record_bytes(file: io.FileIO | Region, path: Path, record: Record) -> bytes:
     """Return a small record's bytes after checking its CRC-32.
 
     Raises InputError when the file ends early or the checksum differs.
@@ -97,18 +96,14 @@ def check_crc(crc: int, path: Path, record: Record) -> None:
         )
 
 
-def _pread(file: io.FileIO, offset: int, length: int) -> bytes:
-    parts = []
-    while length:
-        part = os.pread(file.fileno(), length, offset)
-        if not part:
-            raise _Damaged("the file ends early")
-        parts.append(part)
-        offset, length = offset + len(part), length - len(part)
-    return b"".join(parts)
+def _pread(file: io.FileIO | Region, offset: int, length: int) -> bytes:
+    data = bytearray(length)
+    if pread_into(file, memoryview(data), offset) != length:
+        raise _Damaged("the file ends early")
+    return bytes(data)
 
 
-def _end(file: io.FileIO, size: int) -> tuple[int, int, int]:
+def _end(file: io.FileIO | Region, size: int) -> tuple[int, int, int]:
     """Return the directory's offset and length and the number of its entries."""
     if size < _END.size:
         raise _Damaged("the file ends early")
@@ -198,7 +193,7 @@ def _extra(data: bytes) -> dict[int, bytes]:
     return blocks
 
 
-def _locate(file: io.FileIO, listed: Sequence[tuple[Record, int]], end: int) -> list[Record]:
+def _locate(file: io.FileIO | Region, listed: Sequence[tuple[Record, int]], end: int) -> list[Record]:
     """Check the local headers, fill in the data offsets and prove that the records tile the file up to ``end``."""
     order = sorted(range(len(listed)), key=lambda i: listed[i][0].header)
     starts = [*(listed[i][0].header for i in order), end]
@@ -224,7 +219,7 @@ def _locate(file: io.FileIO, listed: Sequence[tuple[Record, int]], end: int) -> 
     return found
 
 
-def _local(file: io.FileIO, record: Record, flags: int, limit: int) -> int:
+def _local(file: io.FileIO | Region, record: Record, flags: int, limit: int) -> int:
     """Check one local header against the directory and return the offset of the data."""
     name = record.name.encode()
     length = _LOCAL.size + len(name)
@@ -264,10 +259,10 @@ def _top(records: Sequence[Record]) -> tuple[str, dict[str, Record]]:
 
 
 def place(top: str, sizes: Sequence[tuple[str, int]]) -> tuple[list[Record], int, int]:
-    """Lay records out below a top folder; returns them (CRC 0), the directory's offset and the whole file's size."""
+    """Lay records out below a top folder, if there is one; returns them (CRC 0), the directory's offset and the whole file's size."""
     records, at, listing = [], 0, 0
     for name, size in sizes:
-        full = f"{top}/{name}"
+        full = f"{top}/{name}" if top else name
         header = at
         data = header + len(local_header(full, header, size))
         records.append(Record(full, header, data, size, 0))

@@ -10,9 +10,9 @@ Format: ``pickletools`` of Python 3.11 for the opcodes; torch 2.13 ``torch/seria
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
-from .torchvalues import GLOBALS, STORAGES, Global, Opaque, PickleError, Storage, Table, call, is_count, kind
+from .torchvalues import GLOBALS, STORAGES, Global, Object, Opaque, PickleError, Storage, Table, call, is_count, kind
 from .untrusted import shown
 
 MAX_PICKLE = 64 * 2**20
@@ -29,9 +29,13 @@ _SET = Opaque("builtins.set")
 
 
 class Unpickler:
-    """Interpret one pickle; after ``load``, ``storages`` holds every storage it mentions, by key."""
+    """Interpret one pickle; after ``load``, ``storages`` holds every storage it mentions, by key.
 
-    def __init__(self, data: bytes) -> None:
+    ``objects``: names of classes whose instances are wanted as :class:`.torchvalues.Object`; they are never resolved.
+    """
+
+    def __init__(self, data: bytes, objects: Collection[str] = ()) -> None:
+        self._objects = objects
         self.storages: dict[str, Storage] = {}
         self._data = data
         self._at = 0
@@ -200,7 +204,7 @@ class Unpickler:
         if not isinstance(module, str) or not isinstance(name, str):
             raise PickleError(f"a global's name is not a string, at byte {self._at}")
         path = f"{'builtins' if module == '__builtin__' else module}.{name}"
-        if path not in GLOBALS:
+        if path not in GLOBALS and path not in self._objects:
             raise PickleError(f"it names {shown(path)}, which is not needed to hold tensors")
         self._new(Global(path))
 
@@ -212,10 +216,14 @@ class Unpickler:
         arguments, function = self._stack.pop(), self._stack.pop()
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise PickleError(f"it calls {kind(function)}, at byte {self._at}")
-        self._new(call(function.path, arguments))
+        made = Object(function.path, arguments) if function.path in self._objects else call(function.path, arguments)
+        self._new(made)
 
     def _build(self) -> None:
         state, target = self._stack.pop(), self._stack[-1]
+        if isinstance(target, Object):
+            target.state = state
+            return
         # An OrderedDict's state is its attributes: nn.Module.state_dict keeps module versions in _metadata.
         if not (
             isinstance(target, Opaque) or (isinstance(target, Table) and (state is None or isinstance(state, Table)))

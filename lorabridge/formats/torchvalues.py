@@ -124,6 +124,15 @@ class Opaque:
     what: str
 
 
+@dataclass(slots=True, eq=False)
+class Object:
+    """An instance of a class that the reader asked for by name: what it was called with, and its state."""
+
+    path: str
+    arguments: tuple[object, ...]
+    state: object = None
+
+
 def is_count(value: object) -> bool:
     """Say whether a value is an integer (no truth value) that a size, stride or offset can have."""
     return type(value) is int and 0 <= value < 2**63
@@ -192,7 +201,7 @@ def kind(value: object) -> str:
             return "a bare storage"
         case Global(path):
             return f"the name {path}"
-        case Opaque(what):
+        case Opaque(what) | Object(what):
             return f"an object of {what}"
         case list() | tuple():
             return f"a {type(value).__name__} of {len(value)} values"

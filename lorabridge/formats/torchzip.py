@@ -19,7 +19,8 @@ from __future__ import annotations
 import io
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,13 +34,23 @@ from .sniff import identify, refusal
 from .storedzip import BLOCK, Record, check_crc, read_directory, record_bytes
 from .torchpickle import MAX_PICKLE, Unpickler
 from .torchsink import make_sink
-from .torchvalues import PickleError, Refused, Storage, Table, Tensor, kind
-from .untrusted import MAX_METADATA, MAX_NAME, MAX_RANK, MAX_TENSORS, open_regular, pread_into, shown
+from .torchtable import RESAVE, choose, collect
+from .torchvalues import PickleError, Storage, Tensor
+from .untrusted import (
+    MAX_METADATA,
+    MAX_RANK,
+    Region,
+    open_regular,
+    pread_into,
+    shown,
+    size_of,
+    start_of,
+)
 
 if TYPE_CHECKING:
     from ..tensors import Bits
 
-__all__ = ["NAME", "SUFFIXES", "TorchSource", "make_sink", "open_file", "verify_crc"]
+__all__ = ["NAME", "SUFFIXES", "TorchSource", "Tree", "make_sink", "open_file", "open_tree", "verify_crc"]
 
 NAME = "torch"
 SUFFIXES = (".bin", ".pt", ".pth")
@@ -48,7 +59,6 @@ MAX_EXPANDED = 2**30
 
 _SMALL = {".format_version", ".storage_alignment", "version", "byteorder", ".data/serialization_id"}
 _SCRIPT = ("constants.pkl", "code/")
-_RESAVE = "load it where it was made and save only its state_dict: torch.save(model.state_dict(), path)"
 
 
 class TorchSource:
@@ -59,7 +69,7 @@ class TorchSource:
 
     def __init__(
         self,
-        file: io.FileIO,
+        file: io.FileIO | Region,
         path: Path,
         tensors: Mapping[str, Tensor],
         records: Mapping[str, Record],
@@ -115,7 +125,8 @@ class TorchSource:
         if swapped or not spec.nbytes or not _contiguous(tensor.shape, tensor.stride):
             return ()
         record = self.records[f"data/{tensor.storage.key}"]
-        return (Extent(self.path, record.offset + tensor.offset * spec.dtype.itemsize, spec.nbytes),)
+        at = start_of(self._file) + record.offset + tensor.offset * spec.dtype.itemsize
+        return (Extent(self.path, at, spec.nbytes),)
 
     def close(self) -> None:
         """Close the file."""
@@ -147,6 +158,45 @@ def open_file(path: Path, *, key: str | None = None) -> TorchSource:
         raise
 
 
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Everything that one ``torch.save`` wrote, as the stand-ins of ``torchvalues``."""
+
+    root: object
+    path: Path
+    archive: Archive
+
+    def source(self, tensors: Mapping[str, Tensor]) -> TorchSource:
+        """Return some of its tensors under names of the caller's; closing it closes the file.
+
+        InputError for tensors that do not fit their storages.
+        """
+        _check_views(tensors, shown(str(self.path)))
+        archive = self.archive
+        return TorchSource(
+            archive.file, self.path, tensors, archive.records, big_endian=archive.big_endian, skipped=(), metadata={}
+        )
+
+
+def open_tree(path: Path, *, region: tuple[int, int] | None = None, objects: Collection[str] = ()) -> Tree:
+    """Read the pickle of a torch archive, whatever it holds; no tensor is read.
+
+    ``region``: first byte and length of the archive inside the file. ``objects``: classes whose instances are kept, see
+    :class:`.torchpickle.Unpickler`. Raises InputError for anything that is not such an archive, unsafe or damaged. The
+    file stays open for ``Tree.source``; ``Tree.archive.file`` closes it.
+    """
+    file = open_regular(path)
+    try:
+        part = Region(file, *region) if region else file
+        if region and (min(region) < 0 or sum(region) > size_of(file)):
+            raise InputError("the file ends before a part that is said to be in it", where=shown(str(path)))
+        archive, root = _read(part, path, objects)
+        return Tree(root, path, archive)
+    except BaseException:
+        file.close()
+        raise
+
+
 def verify_crc(source: TorchSource, *, progress: Callable[[int, int], None] | None = None) -> None:
     """Read every record of the archive and compare its CRC-32 with the stored one.
 
@@ -175,11 +225,22 @@ def verify_crc(source: TorchSource, *, progress: Callable[[int, int], None] | No
         raise InputError("stored checksums differ from the data", where=bad, hint="download or copy the file again")
 
 
-def _open(file: io.FileIO, path: Path, key: str | None) -> TorchSource:
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """An open torch archive: its records, the storages its pickle mentions, and the byte order of its data."""
+
+    file: io.FileIO | Region
+    records: Mapping[str, Record]
+    storages: Mapping[str, Storage]
+    big_endian: bool
+
+
+def _read(file: io.FileIO | Region, path: Path, objects: Collection[str] = ()) -> tuple[Archive, object]:
+    """Check an archive and interpret its pickle; returns the archive and what was pickled."""
     where = shown(str(path))
     _, records = read_directory(file, path)
     if any(name.startswith(_SCRIPT) for name in records):
-        raise InputError("this is a TorchScript archive, which holds code", where=where, hint=_RESAVE)
+        raise InputError("this is a TorchScript archive, which holds code", where=where, hint=RESAVE)
     known = {*_SMALL, "data.pkl", marks.RECORD}
     odd = [name for name in records if name not in known and not _is_storage(name)]
     missing = [name for name in ("data.pkl", "version") if name not in records]
@@ -188,32 +249,40 @@ def _open(file: io.FileIO, path: Path, key: str | None) -> TorchSource:
             *(f"{where}: {shown(name)} is unexpected" for name in odd),
             *(f"{where}: no {name}" for name in missing),
         ]
-        raise InputError("the archive does not hold what torch.save writes", where=places, hint=_RESAVE)
+        raise InputError("the archive does not hold what torch.save writes", where=places, hint=RESAVE)
     big_endian = _versions(file, path, records)
     if records["data.pkl"].size > MAX_PICKLE:
         raise InputError(f"data.pkl has {records['data.pkl'].size} bytes, more than {MAX_PICKLE}", where=where)
-    unpickler = Unpickler(record_bytes(file, path, records["data.pkl"]))
+    unpickler = Unpickler(record_bytes(file, path, records["data.pkl"]), objects)
     try:
         root = unpickler.load()
     except PickleError as error:
-        raise InputError(f"the pickle is not accepted: {error}", where=f"{where}: data.pkl", hint=_RESAVE) from None
-    table, prefix, skipped = _choose(root, where, key)
-    tensors, others = _collect(table, prefix, where)
+        raise InputError(f"the pickle is not accepted: {error}", where=f"{where}: data.pkl", hint=RESAVE) from None
     _check_storages(unpickler.storages, records, where)
+    return Archive(file, records, unpickler.storages, big_endian), root
+
+
+def _open(file: io.FileIO, path: Path, key: str | None) -> TorchSource:
+    archive, root = _read(file, path)
+    where, records = shown(str(path)), archive.records
+    table, prefix, skipped = choose(root, where, key)
+    tensors, others = collect(table, prefix, where)
     _check_views(tensors, where)
-    unused = sorted({name for name in records if _is_storage(name)} - {f"data/{key}" for key in unpickler.storages})
+    unused = sorted({name for name in records if _is_storage(name)} - {f"data/{key}" for key in archive.storages})
     skipped += [*others, *((name, "a record that nothing refers to") for name in unused)]
     said = _marks(file, path, records)
-    return TorchSource(file, path, tensors, records, big_endian=big_endian, skipped=tuple(skipped), metadata=said)
+    return TorchSource(
+        file, path, tensors, records, big_endian=archive.big_endian, skipped=tuple(skipped), metadata=said
+    )
 
 
-def _marks(file: io.FileIO, path: Path, records: Mapping[str, Record]) -> dict[str, str]:
+def _marks(file: io.FileIO | Region, path: Path, records: Mapping[str, Record]) -> dict[str, str]:
     record = records.get(marks.RECORD)
     if record is None:
         return {}
     where = f"{shown(str(path))}: {marks.RECORD}"
     if record.size > MAX_METADATA:
-        raise InputError(f"the record has {record.size} bytes, more than {MAX_METADATA}", where=where, hint=_RESAVE)
+        raise InputError(f"the record has {record.size} bytes, more than {MAX_METADATA}", where=where, hint=RESAVE)
     return marks.decode(record_bytes(file, path, record), where=where)
 
 
@@ -221,113 +290,21 @@ def _is_storage(name: str) -> bool:
     return name.startswith("data/") and "/" not in name[5:]
 
 
-def _versions(file: io.FileIO, path: Path, records: Mapping[str, Record]) -> bool:
+def _versions(file: io.FileIO | Region, path: Path, records: Mapping[str, Record]) -> bool:
     """Check the records that describe the archive; returns whether its data is big-endian."""
     texts: dict[str, bytes] = {}
     for name in sorted(_SMALL & set(records)):
         if records[name].size > 256:
-            raise InputError(f"the record {name} is too long", where=shown(str(path)), hint=_RESAVE)
+            raise InputError(f"the record {name} is too long", where=shown(str(path)), hint=RESAVE)
         texts[name] = record_bytes(file, path, records[name])
     version = texts["version"].strip()
     # torch reads file format versions 1 to 10 (caffe2/serialize/versions.h)
     if not (version.isdigit() and len(version) <= 2 and 1 <= int(version) <= 10):
-        raise InputError(f"the file format version {version!r} is unknown", where=shown(str(path)), hint=_RESAVE)
+        raise InputError(f"the file format version {version!r} is unknown", where=shown(str(path)), hint=RESAVE)
     order = texts.get("byteorder", b"little")
     if order not in (b"little", b"big"):
-        raise InputError(f"the byte order {order!r} is unknown", where=shown(str(path)), hint=_RESAVE)
+        raise InputError(f"the byte order {order!r} is unknown", where=shown(str(path)), hint=RESAVE)
     return order == b"big"
-
-
-def _choose(root: object, where: str, key: str | None) -> tuple[Table, str, list[tuple[str, str]]]:
-    """Find the mapping that holds the tensors; returns it, the prefix for its skipped entries, and what is left out."""
-    if not isinstance(root, Table):
-        raise InputError(f"the file holds {kind(root)}, not a mapping of names to tensors", where=where, hint=_RESAVE)
-    choices = _candidates(root, where)
-    if key is None and len(choices) > 1:
-        listed = [f"{where}: {shown(name) if name else 'the top mapping'}, {kind(choices[name])}" for name in choices]
-        raise InputError(
-            "several mappings in the file hold tensors",
-            where=listed,
-            hint="save the wanted one alone: torch.save(torch.load(path, weights_only=True)[key], new_path)",
-        )
-    if not choices or (key is not None and key not in choices):
-        listed = [f"{where}: {shown(_label(name))} is {kind(value)}" for name, value in root.items]
-        raise InputError("the file has no mapping of names to tensors there", where=listed or where, hint=_RESAVE)
-    chosen = next(iter(choices)) if key is None else key
-    if not chosen:
-        return root, "", []
-    left = [(_label(name), kind(value)) for name, value in root.items if not (isinstance(name, str) and name == chosen)]
-    return choices[chosen], f"{shown(chosen)}.", left
-
-
-def _candidates(root: Table, where: str) -> dict[str, Table]:
-    """Return the mappings that hold tensors: the top one as "", and entries of it under their names."""
-    _check_length(root, where)
-    choices: dict[str, Table] = {"": root} if _holds_tensors(root) or not root.items else {}
-    looked: dict[int, bool] = {}  # one table may stand under a million keys
-    seen: set[str] = set()
-    twice = []
-    for name, value in root.items:
-        if not isinstance(name, str):
-            continue
-        if name in seen:
-            twice.append(f"{where}: {shown(name)} occurs twice")
-        seen.add(name)
-        if name and isinstance(value, Table):
-            if id(value) not in looked:
-                looked[id(value)] = _holds_tensors(value)
-            if looked[id(value)]:
-                choices[name] = value
-    if twice:
-        raise InputError("keys of the file's mapping are not unique", where=twice, hint=_RESAVE)
-    return choices
-
-
-def _holds_tensors(table: Table) -> bool:
-    return any(isinstance(value, Tensor | Refused) and isinstance(name, str) for name, value in table.items)
-
-
-def _label(name: object) -> str:
-    return name if isinstance(name, str) else str(name) if isinstance(name, bool | int) else kind(name)
-
-
-def _collect(table: Table, prefix: str, where: str) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-    """Sort a mapping's entries into tensors and others; raises InputError listing what cannot be used."""
-    _check_length(table, where)
-    tensors: dict[str, Tensor] = {}
-    others: list[tuple[str, str]] = []
-    seen: set[str] = set()
-    bad = []
-    for name, value in table.items:
-        if not isinstance(name, str):
-            bad.append(f"{where}: a key is {kind(name)}, not a name")
-            continue
-        if name in seen:
-            bad.append(f"{where}: {shown(name)} occurs twice")
-        elif not name or len(name.encode(errors="surrogatepass")) > MAX_NAME or not _is_text(name):
-            bad.append(f"{where}: {shown(name)} is no name: empty, too long or no text")
-        elif isinstance(value, Tensor):
-            tensors[name] = value
-        elif isinstance(value, Refused):
-            bad.append(f"{where}: {shown(name)} is {value.reason}")
-        else:
-            others.append((prefix + name, kind(value)))
-        seen.add(name)
-    if bad:
-        raise InputError("entries of the file cannot be used", where=bad, hint=_RESAVE)
-    return tensors, others
-
-
-def _check_length(table: Table, where: str) -> None:
-    if len(table.items) > MAX_TENSORS:
-        raise InputError(f"a mapping has {len(table.items)} entries, more than {MAX_TENSORS}", where=where)
-
-
-def _is_text(name: str) -> bool:
-    try:
-        return bool(name.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _check_storages(storages: Mapping[str, Storage], records: Mapping[str, Record], where: str) -> None:

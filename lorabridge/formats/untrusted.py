@@ -6,6 +6,7 @@ import io
 import json
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError, StorageError
@@ -76,12 +77,37 @@ def _opened(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)  # should it have become a pipe or a terminal
 
 
-def pread_into(file: io.FileIO, view: memoryview, offset: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of an open file, ``size`` bytes from ``start``, that is read as if it were a file of its own."""
+
+    file: io.FileIO
+    start: int
+    size: int
+
+    def close(self) -> None:
+        """Close the file that it is a part of."""
+        self.file.close()
+
+
+def size_of(file: io.FileIO | Region) -> int:
+    """Return the number of bytes of a file or of a region."""
+    return file.size if isinstance(file, Region) else os.fstat(file.fileno()).st_size
+
+
+def start_of(file: io.FileIO | Region) -> int:
+    """Return where a region begins in its file; a file begins at 0."""
+    return file.start if isinstance(file, Region) else 0
+
+
+def pread_into(file: io.FileIO | Region, view: memoryview, offset: int) -> int:
     """Fill a byte buffer from a file offset and return how many bytes were there.
 
     Raises StorageError when the system refuses, ValueError when the file is closed.
     """
     done = 0
+    if isinstance(file, Region):
+        view, offset, file = view[: max(0, file.size - offset)], file.start + offset, file.file
     while done < len(view):
         try:
             count = os.preadv(file.fileno(), [view[done:]], offset + done)
