@@ -13,6 +13,7 @@ from ..conversion.forward import Settings, dialect_named
 from ..conversion.repository import Framework, Input, Output, framework_of, plan_output
 from ..conversion.selection import Selection
 from ..dialects.adapter import Dialect, Fact, Facts
+from ..dialects.mindformers_config import states_alpha
 from ..dtypes import ALIASES, BY_NAME, DType
 from ..errors import InputError, MappingError, OutputError, UsageError
 from ..formats import keys
@@ -91,12 +92,12 @@ def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
     facts = options.facts.then(given.stated).then(kept.facts if kept else Facts())
     if options.adapter_only:
         facts = facts.then(Facts((Fact("*", "merged", False),)))  # the base stays behind: its state does not matter
-    own = kept is not None or "lora_alpha" in (given.adapter_config or {})
+    own = kept is not None or states_alpha(given.adapter_config)
     chosen = tuple(f for f in options.facts.entries if own or f.field not in ("alpha", "rank"))
     origin = source_dialect(given, kept, facts, options.source_dialect)
     goal = _target_dialect(origin, kept, target, options)
     family = options.family or (kept.options.get("family") if kept and origin.framework != goal.framework else None)
-    output = plan_output(target, framework=goal.framework, adapter=goal.name not in ("hf", "ms"))
+    output = plan_output(target, framework=goal.framework, adapter=goal.name not in ("hf", "ms"), dialect=goal.name)
     if options.max_shard_size is not None and not output.directory:
         raise UsageError("--max-shard-size needs a directory", where=str(target), hint="end DST with a slash")
     _check_places(given, output)

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .. import __version__, formats, manifest
@@ -16,7 +16,8 @@ from ..axes import Expr, reads
 from ..conversion import execute, plan, wayback
 from ..conversion.forward import Forward, forward, options_text
 from ..conversion.repository import ADAPTER_CONFIG, MODEL_CONFIG, Input, files_of, open_input
-from ..dialects.adapter import Json, LoraModule
+from ..dialects.adapter import DIRECTORY, TITLE, Json, LoraModule
+from ..dialects.mindformers_config import config_files
 from ..distributed.assembled import Assembled
 from ..errors import MappingError, OutputError
 from ..files.fsio import Staging, require_space
@@ -47,6 +48,7 @@ class Job:
     unselected: tuple[str, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def convert(
@@ -121,6 +123,7 @@ def _return_job(given: Input, choice: Choice, kept: manifest.Manifest, back: way
         unselected=(),
         warnings=warnings,
         notes=("restored bit for bit from the manifest",),
+        files=config_files(wayback.restored_config(kept)) if choice.goal.framework == "mindspore" else {},
     )
 
 
@@ -153,6 +156,7 @@ def _forward_job(given: Input, choice: Choice, options: ConvertOptions) -> Job:
         unselected=made.unselected,
         warnings=(*choice.warnings, *made.adapter.warnings),
         notes=tuple(notes),
+        files=made.files,
     )
 
 
@@ -280,6 +284,8 @@ def _companions(
     files = {}
     if job.choice.output.directory and job.config is not None and job.choice.goal.name == "peft":
         files[ADAPTER_CONFIG] = json.dumps(dict(job.config), indent=2, sort_keys=True)
+    if job.choice.output.directory:
+        files |= {name: _placed(text, job.choice.output.target) for name, text in job.files.items()}
     if job.choice.output.directory and job.choice.goal.name == "hf" and given.model_config is not None:
         files[MODEL_CONFIG] = json.dumps(dict(given.model_config), indent=2, sort_keys=True) + "\n"
     if job.manifest is not None:
@@ -290,6 +296,14 @@ def _companions(
         elif beside:
             files[manifest.sidecar(Path(job.choice.output.file)).name] = manifest.dumps(record)
     return files
+
+
+def _placed(text: str, target: Path) -> str:
+    """Fill in where the output directory lies."""
+    place = target.resolve()
+    for token, value in ((DIRECTORY, str(place)), (TITLE, place.name)):
+        text = text.replace(token, json.dumps(value, ensure_ascii=False)[1:-1])
+    return text
 
 
 def _left_out(job: Job) -> tuple[tuple[str, str], ...]:

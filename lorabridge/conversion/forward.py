@@ -52,7 +52,7 @@ class Forward:
     ``adapter``: in the target's names. ``unused``: (source tensor, reason) for what is left out on purpose;
     ``unselected``: source tensors outside the selection; ``ties``: (source tensor left out, source tensor it must
     equal bit for bit), to be checked before anything is written. ``modules``: as the dialect wrote them, where ranks
-    and scalings may differ from those of ``adapter``.
+    and scalings may differ from those of ``adapter``. ``files``: see ``dialects.adapter.Written``.
     """
 
     adapter: Adapter
@@ -64,6 +64,7 @@ class Forward:
     notes: tuple[str, ...]
     ties: tuple[tuple[str, str], ...] = ()
     modules: tuple[LoraModule, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def forward(content: Content, source: Dialect, target: Dialect, settings: Settings) -> Forward:
@@ -100,7 +101,7 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
     _check_all_used(content, outputs, dropped, unselected)
     return Forward(
         mapped, outputs, written.config, written.facts, tuple(dropped), unselected, tuple(written.notes), ties,
-        tuple(written.modules),
+        tuple(written.modules), written.files,
     )  # fmt: skip
 
 

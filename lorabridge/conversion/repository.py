@@ -10,14 +10,18 @@ from typing import Literal
 
 from .. import distributed, formats, manifest
 from ..dialects.adapter import Content, Facts, Json
+from ..dialects.mindformers_config import pet_section
 from ..distributed.assembled import Assembled
 from ..errors import InputError, UsageError
 from ..tensors import Source
+from . import pet_configs
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
 ADAPTER_STEM = "adapter_model"
 MAX_CONFIG_BYTES = 16 << 20
+SAFETENSORS_DIALECTS = ("pynative",)
+"""MindSpore dialects whose loader looks for safetensors in a directory."""
 Framework = Literal["torch", "mindspore"]
 
 
@@ -51,10 +55,10 @@ def open_input(
 ) -> Input:
     """Open a file or a directory; headers, configs and the manifest only.
 
-    ``config`` names an adapter_config.json or a model's config.json, told apart by their fields, and outranks what is
-    found. Without it they come from the directory or from beside the file, else from the manifest; a lone
-    file's manifest outranks what merely lies beside it. ``strategies`` and ``step`` are about directories that several
-    ranks wrote, which are read as one checkpoint (see ``lorabridge.distributed``).
+    ``config`` names an adapter_config.json, MindFormers' yaml or JSON, or a model's config.json, told apart by their
+    fields, and outranks what is found. Without it they come from the directory or from beside the file, else from the
+    manifest; a lone file's manifest outranks what merely lies beside it. ``strategies`` and ``step`` are about
+    directories that several ranks wrote, which are read as one checkpoint (see ``lorabridge.distributed``).
     Raises InputError for anything malformed, with the file.
     """
     path = Path(path)
@@ -67,19 +71,20 @@ def open_input(
         kept = found if found is not None and found.describes(source.specs) else None
         adapter_config, config_from, model_config = None, "", None
         if kept is None or path.is_dir():
-            adapter_config, config_from = _beside(folder / ADAPTER_CONFIG)
+            adapter_config, config_from = _described(path, source)
             model_config, _ = _beside(folder / MODEL_CONFIG)
         if kept is not None and adapter_config is None:
             adapter_config, config_from = kept.target.config, "the manifest"
         if kept is not None and model_config is None:
             model_config = kept.model_config
         if config is not None:
-            given = read_json(config)
-            if "peft_type" in given:
+            given = _read_config(config)
+            if "peft_type" in given or pet_section(given) is not None:
                 adapter_config, config_from = given, str(config)
             else:
                 model_config = given
-        known = {ADAPTER_CONFIG, MODEL_CONFIG, "lorabridge.json", *_own_files(source)}
+        known = {*pet_configs.NAMES, pet_configs.SERVED, MODEL_CONFIG, "lorabridge.json", *_own_files(source)}
+        known.add(Path(config_from).name)
         extra = tuple(sorted(p for p in folder.iterdir() if p.name not in known)) if path.is_dir() else ()
         return Input(path, source, adapter_config, model_config, config_from, found, stated, extra)
     except BaseException:
@@ -103,6 +108,8 @@ def weights_path(path: Path) -> Path:
     """Return the file that holds an input's tensors: the adapter's weights inside a peft directory, else ``path``."""
     if not path.is_dir():
         return path
+    if (path / pet_configs.SERVED).is_file() and not (path / ADAPTER_CONFIG).is_file():
+        path = pet_configs.served_adapter(path, read_json(path / pet_configs.SERVED))
     held = [p for p in sorted(path.glob(f"{ADAPTER_STEM}.*")) if p.is_file() and not p.name.endswith(".json")]
     if len(held) > 1:
         raise InputError(
@@ -122,6 +129,18 @@ def files_of(source: Source) -> set[Path]:
     """Return the files that hold a source's tensors."""
     pieces = source.pieces if isinstance(source, Assembled) else source
     return {extent.path for name in pieces.specs for extent in pieces.extents(name)}
+
+
+def _described(path: Path, source: Source) -> tuple[Json | None, str]:
+    """Return the config that describes an adapter, from its directory or from beside the file."""
+    home = source.path if source.path.is_dir() else source.path.parent
+    folders = dict.fromkeys((path, home) if path.is_dir() else (path.parent,))
+    found = pet_configs.beside(list(folders)) or (pet_configs.yaml_beside(home) if path.is_dir() else None)
+    return (_read_config(found), str(found)) if found is not None else (None, "")
+
+
+def _read_config(path: Path) -> Json:
+    return pet_configs.read_yaml(path) if path.suffix.lower() in pet_configs.YAML else read_json(path)
 
 
 def _beside(path: Path) -> tuple[Json | None, str]:
@@ -163,12 +182,12 @@ class Output:
     format: str
 
 
-def plan_output(target: Path | str, *, framework: Framework, adapter: bool) -> Output:
+def plan_output(target: Path | str, *, framework: Framework, adapter: bool, dialect: str = "") -> Output:
     """Decide container and file name from the target's path.
 
     A path with a container's suffix is a file; one without a suffix, an existing directory or a path that ends in a
-    slash is a directory, which gets safetensors for PyTorch and .ckpt for MindSpore. Raises UsageError for an unknown
-    suffix.
+    slash is a directory, which gets safetensors for PyTorch and .ckpt for MindSpore, or what the dialect's loader
+    looks for there. Raises UsageError for an unknown suffix.
     """
     path = Path(target)
     text = str(target)
@@ -176,7 +195,8 @@ def plan_output(target: Path | str, *, framework: Framework, adapter: bool) -> O
         raise UsageError("a path cannot hold a zero byte", where=repr(text), hint="choose another name")
     if _is_directory(target):
         stem = ADAPTER_STEM if adapter else "model"
-        suffix, format_name = (".safetensors", "safetensors") if framework == "torch" else (".ckpt", "mindspore")
+        safe = framework == "torch" or dialect in SAFETENSORS_DIALECTS
+        suffix, format_name = (".safetensors", "safetensors") if safe else (".ckpt", "mindspore")
         return Output(path, True, stem + suffix, format_name)
     return Output(path, False, path.name, formats.format_for(path))
 

@@ -12,10 +12,12 @@ from ..errors import UsageError
 from .adapter import Content, Dialect
 from .loralib import Loralib
 from .loralib_ms import LoralibMs
-from .mindpet import Mindpet
+from .mindformers import Mcore, Pynative
+from .mindpet import TK, Mindpet
 from .peft import Peft
+from .slora import Slora
 
-DIALECTS: tuple[Dialect, ...] = (Peft(), Loralib(), LoralibMs(), Mindpet())
+DIALECTS: tuple[Dialect, ...] = (Peft(), Loralib(), LoralibMs(), Mindpet(), TK, Mcore(), Pynative(), Slora())
 
 
 def by_name(name: str) -> Dialect:

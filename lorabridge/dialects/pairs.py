@@ -127,8 +127,9 @@ def flag(fact: str) -> str:
 def group(content: Content, roles: Mapping[str, tuple[str, str]]) -> Names:
     """Sort names into factor pairs, training state and the rest.
 
-    ``roles``: last component of a name to (role, weight name). A wrapper's prefix is taken off where all names have it.
-    Raises MappingError for a factor without its partner and for empty factors (as partitioned training saves them).
+    ``roles``: last one or two components of a name to (role, weight name). A wrapper's prefix is taken off where all
+    names have it. Raises MappingError for a factor without its partner and for empty factors (as partitioned training
+    saves them).
     """
     left_out = training_state(content.specs)
     skipped = {name for name, _ in left_out}
@@ -139,6 +140,8 @@ def group(content: Content, roles: Mapping[str, tuple[str, str]]) -> Names:
     for name in names:
         bare = name.removeprefix(prefix)
         path, _, last = bare.rpartition(".")
+        if last not in roles and (stem := path.rpartition("."))[2] + "." + last in roles:
+            path, last = stem[0], f"{stem[2]}.{last}"
         if last in roles:
             role, weight = roles[last]
             pairs.setdefault((path, weight), {})[role] = content.specs[name]

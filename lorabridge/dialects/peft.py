@@ -12,6 +12,7 @@ from typing import Literal
 from ..errors import MappingError
 from .adapter import Adapter, Content, Facts, Written
 from .optimizer import training_state
+from .pairs import in_mindspore
 from .peft_config import read_settings, warnings_of
 from .peft_read import Reader
 from .peft_write import write
@@ -28,7 +29,7 @@ class Peft:
     def detect(self, content: Content) -> str | None:
         """Claim a file by the names of its factors, else by the ``peft_type`` of the config beside it."""
         factor = next((name for name in content.specs if is_factor(name)), None)
-        if factor is not None:
+        if factor is not None and (factor.startswith("base_model.") or not in_mindspore(content)):
             return f"tensor {factor} is spelled as peft does"
         if content.config and content.config.get("peft_type"):
             return f"adapter_config.json says peft_type {content.config['peft_type']}"
