@@ -25,6 +25,7 @@ FORMATS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "safetensors": ("safetensors", (".safetensors",)),
     "torch": ("torchzip", (".bin", ".pt", ".pth")),
     "mindspore": ("msckpt", (".ckpt",)),
+    "npz": ("npz", (".npz",)),
 }
 
 # What the trainers of transformers and accelerate leave beside a checkpoint; never the checkpoint itself.
@@ -137,6 +138,8 @@ def _only_checkpoint(directory: Path) -> Path:
         wanted = file.suffix.lower() in suffixes and not file.name.startswith(_TRAINER_FILES)
         if wanted and file.name not in shards and identify(file).format is not None:
             choices.append(file)
+    if any(choice.suffix != ".npz" for choice in choices):  # arrays of another kind often lie beside a checkpoint
+        choices = [choice for choice in choices if choice.suffix != ".npz"]
     if not choices:
         hint = "name the checkpoint file itself; in a directory only " + ", ".join(sorted(suffixes)) + " are looked at"
         raise InputError("the directory holds no checkpoint", where=shown(str(directory)), hint=hint)

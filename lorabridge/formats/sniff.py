@@ -48,7 +48,7 @@ KINDS: dict[str, Kind] = {
             None,
             "save the module's state_dict as safetensors or with torch.save",
         ),
-        Kind("npz", "a numpy .npz archive", None, "save its arrays with safetensors.numpy.save_file"),
+        Kind("npz", "a numpy .npz archive", "npz"),
         Kind("zip", "a zip archive that is no torch checkpoint", None, _UNPACK),
         Kind("torch-legacy", "a legacy (not zip) torch pickle", None, _RESAVE),
         Kind("pickle", "a plain pickle", None, _RESAVE),

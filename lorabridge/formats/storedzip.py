@@ -56,18 +56,30 @@ def read_directory(file: io.FileIO | Region, path: Path) -> tuple[str, dict[str,
     data, data descriptors, directory, end records. Raises InputError for anything else: compression, encryption,
     several top folders, repeated or unsafe names, overlaps, holes, zip64 fields that contradict each other, comments.
     """
+    records = read_records(file, path)
+    try:
+        return _top(records)
+    except _Damaged as error:
+        raise _unsafe(error, path) from None
+
+
+def read_records(file: io.FileIO | Region, path: Path) -> list[Record]:
+    """Return the records under their full names; otherwise as :func:`read_directory`, without a top folder."""
     try:
         size = size_of(file)
         start, length, count = _end(file, size)
         listed = list(_entries(_pread(file, start, length), count))
-        records = _locate(file, listed, start)
-        return _top(records)
+        return _locate(file, listed, start)
     except _Damaged as error:
-        raise InputError(
-            f"the zip archive is damaged or unsafe: {error}",
-            where=shown(str(path)),
-            hint="download or save it again; torch.save writes archives that pass",
-        ) from None
+        raise _unsafe(error, path) from None
+
+
+def _unsafe(error: _Damaged, path: Path) -> InputError:
+    return InputError(
+        f"the zip archive is damaged or unsafe: {error}",
+        where=shown(str(path)),
+        hint="download or save it again; torch.save and numpy.savez write archives that pass",
+    )
 
 
 def record_bytes(file: io.FileIO | Region, path: Path, record: Record) -> bytes:
@@ -259,7 +271,7 @@ def _top(records: Sequence[Record]) -> tuple[str, dict[str, Record]]:
 
 
 def place(top: str, sizes: Sequence[tuple[str, int]]) -> tuple[list[Record], int, int]:
-    """Lay records out below a top folder, if there is one; returns them (CRC 0), the directory's offset and the whole file's size."""
+    """Lay records out below a top folder, if any: (records with CRC 0, the directory's offset, the file's size)."""
     records, at, listing = [], 0, 0
     for name, size in sizes:
         full = f"{top}/{name}" if top else name

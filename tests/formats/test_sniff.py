@@ -258,7 +258,7 @@ def test_the_registry_agrees_with_the_modules() -> None:
             assert format_for(Path(f"out{suffix}")) == name
 
 
-@pytest.mark.parametrize("target", ["out", "out.npz", "out.json", "out.safetensors.d", ".ckpt"])
+@pytest.mark.parametrize("target", ["out", "out.npy", "out.json", "out.safetensors.d", ".ckpt"])
 def test_a_target_without_a_known_suffix_lists_the_known_ones(target: str) -> None:
     with pytest.raises(UsageError) as caught:
         format_for(Path(target))
