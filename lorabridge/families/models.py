@@ -219,7 +219,7 @@ def names(
     for slot in slots(table, side):
         if slot.field == "module" or (slot.rule.only and architecture not in slot.rule.only):
             continue
-        if not slot.rule.holds(variant.layout) or (slot.field == "bias" and slot.rule.bias == "optional"):
+        if not slot.rule.holds(variant.layout) or slot.optional:
             continue
         for key, _ in slot.rule.when:
             if key not in variant.layout:
@@ -293,9 +293,7 @@ def check_complete(
         if rule.only and (architecture not in rule.only if architecture else not any(name in shapes for name in mine)):
             continue
         wanted |= mine
-        missing += [
-            n for n, slot in mine.items() if n not in shapes and not (slot.field == "bias" and rule.bias == "optional")
-        ]
+        missing += [n for n, slot in mine.items() if n not in shapes and not slot.optional]
     ignored = {n for n, found in hits.items() if any(not isinstance(hit.what, Slot) for hit in found)}
     unexpected = sorted((n for n in shapes if n not in wanted and n not in ignored), key=natural_key)
     wrong = []

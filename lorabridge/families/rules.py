@@ -53,6 +53,7 @@ class Rule:
     ``parts`` and ``out`` go together: one entry for a rename, several where one side fuses. ``inner``: the weight's
     other axis. ``axes``: shape of a "param". ``groups``: see ``layouts.split_rows``. ``when``: (layout, choice) pairs
     that must hold. ``only``: the architectures that have it; empty = all. ``prefixed``: lies under the sides' prefixes.
+    ``optional``: a model may be without it.
     """
 
     kind: RuleKind
@@ -68,6 +69,7 @@ class Rule:
     when: tuple[tuple[str, str], ...] = ()
     only: tuple[str, ...] = ()
     prefixed: bool = True
+    optional: bool = False
 
     def side(self, name: SideName) -> Side:
         """Return one side."""
@@ -198,6 +200,11 @@ class Slot:
     rule: Rule
     part: int
     field: Field
+
+    @property
+    def optional(self) -> bool:
+        """A complete model may be without it."""
+        return self.rule.optional or (self.field == "bias" and self.rule.bias == "optional")
 
 
 def slots(table: Table, side: SideName) -> tuple[Slot, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import InputError, MappingError
@@ -35,7 +35,7 @@ MOST_RULES = 200
 
 _SECTIONS = ("schema", "family", "match", "sizes", "holes", "prefix", "identity", "layout", "linear", "embedding",
              "param", "tied", "buffer")  # fmt: skip
-_RULE_KEYS = ("hf", "ms", "when", "only", "prefix")
+_RULE_KEYS = ("hf", "ms", "when", "only", "prefix", "optional")
 _KEYS = {
     "linear": (*_RULE_KEYS, "out", "in", "bias", "hf_order", "ms_order", "groups"),
     "embedding": (*_RULE_KEYS, "axes"),
@@ -295,7 +295,6 @@ def _prefix(reader: _Reader, ref: RuleRef, prefixes: Item, side: SideName) -> Pr
 
 
 def _linear(reader: _Reader, ref: RuleRef, item: Item) -> Rule:
-    when, only, prefixed = _conditions(reader, ref, item)
     hf = _modules(reader, ref, item, "hf")
     ms = _modules(reader, ref, item, "ms")
     parts = max((tuple(hf), tuple(ms)), key=len)
@@ -309,7 +308,7 @@ def _linear(reader: _Reader, ref: RuleRef, item: Item) -> Rule:
     if not isinstance(bias, bool) and bias != "optional":
         reader.complain(reader.key(ref, "bias"), 'bias must be true, false or "optional"')
         bias = False
-    return Rule(
+    rule = Rule(
         kind="linear",
         ref=ref,
         hf=Side(tuple(hf.values()), _order(reader, ref, item, "hf_order")),
@@ -319,10 +318,8 @@ def _linear(reader: _Reader, ref: RuleRef, item: Item) -> Rule:
         inner=reader.size(ref, "in", reader.text(ref, item, "in")),
         bias=_BIAS[bias],  # type: ignore[arg-type]
         groups=reader.size(ref, "groups", str(item.get("groups", "1"))),
-        when=when,
-        only=only,
-        prefixed=prefixed,
     )
+    return _conditioned(reader, ref, item, rule)
 
 
 def _modules(reader: _Reader, ref: RuleRef, item: Item, side: SideName) -> dict[str, Template]:
@@ -340,12 +337,17 @@ def _order(reader: _Reader, ref: RuleRef, item: Item, name: str) -> Order:
     return value
 
 
-def _conditions(reader: _Reader, ref: RuleRef, item: Item) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...], bool]:
-    return reader.pairs(ref, item, "when"), reader.words(ref, item, "only"), reader.flag(ref, item, "prefix", True)
+def _conditioned(reader: _Reader, ref: RuleRef, item: Item, rule: Rule) -> Rule:
+    return replace(
+        rule,
+        when=reader.pairs(ref, item, "when"),
+        only=reader.words(ref, item, "only"),
+        prefixed=reader.flag(ref, item, "prefix", True),
+        optional=reader.flag(ref, item, "optional", False),
+    )
 
 
 def _embedding(reader: _Reader, ref: RuleRef, item: Item) -> Rule:
-    when, only, prefixed = _conditions(reader, ref, item)
     axes = reader.text(ref, item, "axes", "1 1").split()
     if len(axes) != 2:
         reader.complain(reader.key(ref, "axes"), 'axes of an embedding are two sizes, "rows columns"')
@@ -357,22 +359,19 @@ def _embedding(reader: _Reader, ref: RuleRef, item: Item) -> Rule:
             reader.complain(reader.key(ref, side), f"{side} must be module.parameter")
             module, weight = "m", "weight"
         sides[side] = Side((reader.template(ref, side, module),), "in out", weight)
-    return Rule(
+    rule = Rule(
         kind="embedding", ref=ref, hf=sides["hf"], ms=sides["ms"], parts=("",),
         out=(reader.size(ref, "axes", axes[1]),), inner=reader.size(ref, "axes", axes[0]),
-        when=when, only=only, prefixed=prefixed,
     )  # fmt: skip
+    return _conditioned(reader, ref, item, rule)
 
 
 def _param(reader: _Reader, ref: RuleRef, item: Item) -> Rule:
-    when, only, prefixed = _conditions(reader, ref, item)
-    axes = reader.text(ref, item, "axes").split()
+    axes = [] if item.get("axes") == "" else reader.text(ref, item, "axes").split()
     sides = {side: Side((reader.template(ref, side, reader.text(ref, item, side)),)) for side in ("hf", "ms")}
     sizes = tuple(reader.size(ref, "axes", axis) for axis in axes)
-    return Rule(
-        kind="param", ref=ref, hf=sides["hf"], ms=sides["ms"], parts=("",), axes=sizes,
-        when=when, only=only, prefixed=prefixed,
-    )  # fmt: skip
+    rule = Rule(kind="param", ref=ref, hf=sides["hf"], ms=sides["ms"], parts=("",), axes=sizes)
+    return _conditioned(reader, ref, item, rule)
 
 
 def _tied(reader: _Reader, ref: RuleRef, item: Item) -> Tied:
