@@ -16,12 +16,14 @@ from ..axes import Expr, reads
 from ..conversion import execute, plan, wayback
 from ..conversion.forward import Forward, forward, options_text
 from ..conversion.repository import ADAPTER_CONFIG, MODEL_CONFIG, Input, files_of, open_input
+from ..dialects import CONFIGURED
 from ..dialects.adapter import DIRECTORY, TITLE, Json, LoraModule
 from ..dialects.mindformers_config import config_files
 from ..distributed.assembled import Assembled
 from ..errors import MappingError, OutputError
 from ..files.fsio import Staging, require_space
 from ..formats.encrypted import Encryption
+from ..tensors import marks
 from . import compress
 from .choices import Choice, ConvertOptions, choose, encryption, settings_for
 from .convert_report import ConvertReport, ModuleRow, RoundingRow
@@ -111,10 +113,11 @@ def _return_job(given: Input, choice: Choice, kept: manifest.Manifest, back: way
         some = ", ".join(absent[:SHOWN]) + (" ..." if len(absent) > SHOWN else "")
         said = f"{len(absent)} tensors were left out on the way here and are not restored: {some}"
         warnings = (*warnings, said)
+    same_container = choice.output.format == kept.source.format
     return Job(
         choice=choice,
         plan=planned,
-        metadata=dict(kept.source.metadata) if choice.output.format == kept.source.format else {},
+        metadata=dict(kept.source.metadata) if same_container else marks(kept.source.metadata),
         config=wayback.restored_config(kept),
         manifest=None,
         residues=back.residues,
@@ -180,8 +183,8 @@ def _record(
 
 
 def _container_metadata(choice: Choice, record: manifest.Manifest) -> dict[str, str]:
-    """Return what a safetensors header says; a lone file also carries its manifest there."""
-    metadata = {"format": "ms" if choice.goal.framework == "mindspore" else "pt"}
+    """Return what the container says beside the tensors; a lone safetensors file also carries its manifest there."""
+    metadata = {"format": "ms" if choice.goal.framework == "mindspore" else "pt", **marks(record.source.metadata)}
     if choice.output.format == "safetensors" and not choice.output.directory:
         metadata[manifest.METADATA_KEY] = manifest.dumps(record, data=False, indent=None)
     return metadata
@@ -282,7 +285,7 @@ def _companions(
 ) -> dict[str, str]:  # fmt: skip
     """Return the files that are published with the weights, by name: configs in a directory, the manifest."""
     files = {}
-    if job.choice.output.directory and job.config is not None and job.choice.goal.name == "peft":
+    if job.choice.output.directory and job.config is not None and job.choice.goal.name in CONFIGURED:
         files[ADAPTER_CONFIG] = json.dumps(dict(job.config), indent=2, sort_keys=True)
     if job.choice.output.directory:
         files |= {name: _placed(text, job.choice.output.target) for name, text in job.files.items()}

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import __version__
 from ..arithmetic import numerics
 from ..axes import Expr, computes, reads
 from ..conversion import plan
 from ..conversion.forward import Forward
 from ..errors import MappingError
 from ..joined import Joined, prefixed
+from ..merging.identity import MERGED_KEY, base_of, merged_mark
 from ..merging.kernel import Merger, Seen
 from ..merging.planning import Merged
 from ..merging.planning import merge as merge_headers
+from ..merging.unmerge_planning import nodes_of
 from . import merge_inputs
+from .base_check import check_bases, check_not_held, marked
 from .companions import carried_files
-from .merge_inputs import MERGED_KEY, MergeOptions, Opened
+from .merge_inputs import MergeOptions, Opened
 from .merge_report import MergedRow, MergeReport, overall
 from .model_output import ModelOutput, Progress, check_finite, goal_of, place_of, renamed, write
 
@@ -106,12 +107,19 @@ def plan_merge(given: Opened, target: Path | str, options: MergeOptions) -> Merg
     output, shard_size = place_of(given, goal, target, options)
     made = renamed(given, merged, goal, options)
     _check_ties(given, made)
+    warnings = check_bases(given, base, options)
+    held, nodes = merged_mark(given.base.source.metadata, where=str(given.base.path)), nodes_of(merged.model)
+    known = {extra.name for extra in base.extras}
+    added = [extra.name for extra in merged.model.extras if extra.name not in known]
+    mark = marked(given, nodes, {n: base_of(node) for n, node in nodes.items()}, added, options, held=held)
+    check_not_held(mark, held, nodes, str(given.base.path))
     planned = plan.build(given.joined.specs, made.outputs, made.unused, seed=f"merge {goal.name}")
     carried, stay = carried_files(given.base, [one.path for one in given.adapters], output.directory)
     model = ModelOutput(
         given, goal, output, planned, (*merged.notes, *made.notes), shard_size, merged.config,
-        {MERGED_KEY: _record(given, options)}, True, carried, True,
+        {MERGED_KEY: mark.as_text()}, True, carried, True,
     )  # fmt: skip
+    merged = replace(merged, warnings=(*merged.warnings, *warnings))
     return MergeJob(given, merged, model, tuple(path.name for path in stay))
 
 
@@ -144,13 +152,3 @@ def _same_bits(source: Joined, name: str, other: str) -> bool:
 
 def _reads_weight(value: Expr) -> list[str]:
     return [name for name in reads(value) if name.startswith(f"{merge_inputs.BASE}/")]
-
-
-def _record(given: Opened, options: MergeOptions) -> str:
-    """Say in the container's metadata what was merged."""
-    weights = options.weights or (1.0,) * len(given.adapters)
-    rows = [
-        {"adapter": one.path.name, "weight": weight, "tensors": len(one.source.specs)}
-        for one, weight in zip(given.adapters, weights, strict=True)
-    ]
-    return json.dumps({"version": __version__, "base": given.base.path.name, "adapters": rows}, sort_keys=True)

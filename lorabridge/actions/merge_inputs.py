@@ -14,6 +14,7 @@ from ..dialects.adapter import Adapter, Dialect, Facts, LoraModule
 from ..errors import MappingError, UsageError
 from ..families import tables
 from ..joined import Joined, prefixed
+from ..merging.identity import MERGED_KEY, merged_mark
 from ..merging.landing import moved_prefix, parameter_of
 from ..merging.planning import Addition
 from .choices import source_dialect
@@ -36,6 +37,9 @@ class MergeOptions:
     exact: bool = False
     residual_base: bool = False
     onto_merged: bool = False
+    any_base: bool = False
+    any_adapter: bool = False
+    leave: tuple[str, ...] = ()
     max_shard_size: int | None = None
     crc: bool = False
     workers: int = 0
@@ -96,13 +100,16 @@ def _refuse_merged(given: Input) -> None:
     if said or MERGED_KEY in given.source.metadata:
         raise MappingError(
             "the base is a merged model already",
-            where=[str(given.path), given.source.metadata.get(MERGED_KEY, "")[:300]],
+            where=_held(given),
             hint="merge into the original base, or pass --onto-merged to add another adapter",
         )
 
 
-MERGED_KEY = "lorabridge.merged"
-"""Key of a merged model's container metadata: which adapters it holds."""
+def _held(given: Input) -> list[str]:
+    """Name a merged model and what was merged into it."""
+    mark = merged_mark(given.source.metadata, where=str(given.path))
+    adapters = [] if mark is None else [str(row.get("adapter")) for row in mark.adapters]
+    return [str(given.path), *([f"holds {', '.join(adapters)}"] if adapters else [])]
 
 
 def additions(given: Opened, base: Adapter, options: MergeOptions) -> list[Addition]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..conversion import plan
 from ..conversion.forward import dialect_named
-from ..dialects.adapter import Adapter, Json
+from ..dialects.adapter import Adapter, Dialect, Json, Value
 from ..errors import InputError
 from ..joined import Joined, prefixed
-from ..merging.planning import Merged
+from ..merging.identity import MERGED_KEY, MergedMark, merged_mark
+from ..merging.planning import Addition, Merged
 from ..merging.planning import merge as merge_headers
+from ..merging.repetition import shortened
 from ..merging.undo import UndoFile
 from ..merging.unmerge_kernel import Guess, Unmerger
-from ..merging.unmerge_planning import Restored, best_inverse, restore
+from ..merging.unmerge_planning import Restored, as_base, best_inverse, nodes_of, restore, tied_again
 from . import merge_inputs
+from .base_check import check_held, left_over
 from .companions import carried_files
 from .merge_inputs import BASE, MergeOptions, Opened
 from .model_output import ModelOutput, goal_of, place_of, renamed
@@ -47,13 +50,16 @@ class GuessRow:
 class Way:
     """A merged model in its base's names, and the way back from it.
 
-    ``given``: the inputs, the base's side as their origin. ``config``: that of the base, where it is known.
+    ``given``: the inputs, the base's side as their origin. ``config``: that of the base, where it is known. ``left``:
+    marks that the base is to keep, where it was itself a merged model.
     """
 
     given: Opened
     restored: Restored
     undo: UndoFile | None
     config: Json | None
+    left: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def open_undo(path: Path | None) -> UndoFile | None:
@@ -90,23 +96,58 @@ def way_back(given: Opened, options: MergeOptions, undo: UndoFile | None) -> Way
     Raises MappingError where model, adapters and undo file do not belong together, or where nothing but an undo file
     could say what a parameter was.
     """
+    held = merged_mark(given.base.source.metadata, where=str(given.base.path))
     model = prefixed(given.origin.parse(given.base.content()), BASE, given.base.source.specs)
-    side = dialect_named(str(undo.facts["side"])) if undo is not None and "side" in undo.facts else given.origin
+    side = _side(given, options, undo, held)
     if side.name != given.origin.name:
         whole = Merged(model, given.base.model_config, (), (), (), ())
         alone = replace(given, joined=Joined({BASE: given.base.source}))
         made = renamed(alone, whole, side, options)
         model, given = replace(made.adapter, left_out=made.unused), replace(given, origin=side)
+    additions, ranges, label = _once(merge_inputs.additions(given, model, options))
     landed = merge_headers(
-        model, merge_inputs.additions(given, model, options), config=given.base.model_config, exact=options.exact,
-        residual_base=True,
+        model, additions, config=given.base.model_config, exact=options.exact, residual_base=True,
     )  # fmt: skip
-    config = given.base.model_config
-    if undo is None:
-        return Way(given, best_inverse(model, landed), None, config)
-    stored = undo.facts.get("config")
-    restored = restore(model, landed, undo, given.joined)
-    return Way(given, restored, undo, stored if isinstance(stored, dict) else config)
+    config, warnings = given.base.model_config, tuple[str, ...]()
+    if undo is not None:
+        restored, stored = restore(model, landed, undo, given.joined), undo.facts.get("config")
+        config = stored if isinstance(stored, dict) else config
+        said = undo.facts.get("marks")
+        left = {str(key): str(text) for key, text in said.items()} if isinstance(said, dict) else {}
+    else:
+        nodes = nodes_of(landed.model)
+        warnings = check_held(given, nodes, options)
+        rest = left_over(held, nodes, given)
+        left = {} if rest is None else {MERGED_KEY: rest.as_text()}
+        restored = best_inverse(model, landed, leave=options.leave)
+        restored, embedding = tied_again(restored, model, held.added if held is not None else ())
+        config = {**config, "tie_word_embeddings": True} if embedding and config is not None else config
+    if ranges:
+        restored = as_base(restored, ranges, label)
+        config = shortened(config, ranges, label) if undo is None and config is not None else config
+    return Way(given, restored, undo, config, left, warnings)
+
+
+def _side(given: Opened, options: MergeOptions, undo: UndoFile | None, held: MergedMark | None) -> Dialect:
+    """Return in whose names the merge was made; the file's own where a table to others is not named."""
+    if undo is not None:
+        return dialect_named(str(undo.facts["side"])) if "side" in undo.facts else given.origin
+    if held is None or held.side not in ("hf", "ms") or options.family is None:
+        return given.origin
+    return dialect_named(held.side)
+
+
+def _once(additions: Sequence[Addition]) -> tuple[list[Addition], Value, str]:
+    """Return additions that repeat no layers, which the model has already; and how it was done, and by which."""
+    ranges: Value = None
+    label, out = "", []
+    for addition in additions:
+        own = addition.adapter.config
+        if own.get("layer_replication"):
+            ranges, label = own["layer_replication"], addition.label
+            own = {key: value for key, value in own.items() if key != "layer_replication"}
+        out.append(replace(addition, adapter=replace(addition.adapter, config=own)))
+    return out, ranges, label
 
 
 def planned(

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .. import __version__
+from ..axes import computes
+from ..dialects.adapter import Adapter
+from ..merging.identity import MERGED_KEY, MergedMark, merged_mark
 from ..merging.kernel import Merger, Seen
 from ..merging.planning import Merged
 from ..merging.planning import merge as merge_headers
 from ..merging.unmerge_kernel import Unmerger
-from ..merging.unmerge_planning import Restored, onto, stand_in, traces_onto
+from ..merging.unmerge_planning import Restored, nodes_of, onto, stand_in, traces_onto
 from . import merge_inputs, restoring
-from .merge_inputs import MERGED_KEY, MergeOptions, Opened
+from .base_check import check_bases, marked
+from .merge_inputs import MergeOptions, Opened
 from .merge_report import MergedRow, overall
 from .model_output import ModelOutput, Progress, check_finite, write
 from .restoring import GuessRow, Way
@@ -97,9 +99,11 @@ def switch(
         there = _part(replace(way.given, adapters=given.adapters, labels=given.labels), len(old), len(paths))
         landed = _landed(way, there, options)
         result = onto(way.restored, landed)
+        base = replace(way.restored.model, extras=tuple(e for e in way.restored.model.extras if not computes(e.value)))
+        warnings = check_bases(there, base, options)
         writing = restoring.planned(
             way.given, result.model, landed.config, target, options,
-            metadata={MERGED_KEY: _record(there, options, exact=kept is not None)}, merged=True, seed=f"switch {undo}",
+            metadata={MERGED_KEY: _mark(way, there, landed, options).as_text()}, merged=True, seed=f"switch {undo}",
         )  # fmt: skip
         writer = None if undo_out is None else UndoWriter(undo_out, options)
         merger, unmerger = _run(writing, way, landed, there, result, options, writer, progress)
@@ -124,7 +128,7 @@ def switch(
             undo_out=None if writer is None else writer.summary,
             left_out=tuple(writing.plan.unused),
             notes=(*landed.notes, *writing.notes),
-            warnings=(*landed.warnings, *(() if kept is not None else (INEXACT,))),
+            warnings=(*way.warnings, *warnings, *landed.warnings, *(() if kept is not None else (INEXACT,))),
             digest=writing.plan.digest,
             dry_run=options.dry_run,
         )
@@ -149,10 +153,25 @@ def _landed(way: Way, there: Opened, options: MergeOptions) -> Merged:
     )  # fmt: skip
 
 
-def _record(there: Opened, options: MergeOptions, *, exact: bool) -> str:
-    weights = options.weights or (1.0,) * len(there.adapters)
-    rows = [{"adapter": one.path.name, "weight": w} for one, w in zip(there.adapters, weights, strict=True)]
-    return json.dumps({"version": __version__, "adapters": rows, "through_exact_base": exact}, sort_keys=True)
+def _mark(way: Way, there: Opened, landed: Merged, options: MergeOptions) -> MergedMark:
+    """Record what the new adapters add, and what the weights were before, as far as that is known."""
+    held = merged_mark(there.base.source.metadata, where=str(there.base.path))
+    known = {extra.name: extra.value for extra in way.restored.model.extras}
+    before = MergedMark(way.given.origin.name, held.base if held is not None else there.base.path.name, ())
+    if held is not None and held.side == way.given.origin.name:
+        bases = {name: (row[0],) for name, row in held.weights.items() if row[0]}
+        before = replace(before, weights=bases)
+    nodes = nodes_of(landed.model)
+    plain = {name: value if value is not None and not computes(value) else None for name in nodes
+             for value in [known.get(name)]}  # fmt: skip
+    mark = marked(there, nodes, plain, [name for name in _names(landed.model) if name not in known], options,
+                  held=before)  # fmt: skip
+    weights = {name: row for name, row in mark.weights.items() if len(row) > 1}
+    return replace(mark, weights=weights, through_exact_base=way.undo is not None)
+
+
+def _names(model: Adapter) -> list[str]:
+    return [extra.name for extra in model.extras]
 
 
 def _run(

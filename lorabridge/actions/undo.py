@@ -15,8 +15,8 @@ from ..joined import prefixed
 from ..merging.kernel import Merger, Seen
 from ..merging.undo import Recorder
 from ..merging.unmerge_kernel import Recording, additive
-from ..merging.unmerge_planning import Traces, keep_others, traces
-from ..tensors import TensorSpec
+from ..merging.unmerge_planning import Traces, at_home, keep_others, traces
+from ..tensors import TensorSpec, marks
 from . import merge_inputs
 from .merge import MergeJob
 from .merge_inputs import MergeOptions, Opened
@@ -63,6 +63,7 @@ class UndoWriter:
         """Return what notes each block of a merge, and what writes the file."""
         given = job.given
         base = prefixed(given.origin.parse(given.base.content()), merge_inputs.BASE, given.base.source.specs)
+        base = at_home(base, job.merged.homes)
         return self.start(base, traces(base, job.merged.model), given, given.base.model_config, Merger().kernels())
 
     def start(
@@ -85,6 +86,7 @@ class UndoWriter:
             "side": given.origin.name,
             "family": self._options.family,
             "added": list(found.added),
+            "marks": marks(given.base.source.metadata),
             "config": None if config is None else dict(config),
         }
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..merging.identity import MERGED_KEY
 from ..merging.unmerge_kernel import Unmerger
 from . import merge_inputs, restoring
 from .merge_inputs import MergeOptions
 from .model_output import Progress, write
-from .restoring import GuessRow
+from .restoring import GuessRow, Way
 
 UNMERGED_KEY = "lorabridge.unmerged"
 """Key of a container's metadata that says that a model is not the base but near to it."""
@@ -23,7 +24,8 @@ class UnmergeReport:
 
     ``exact``: the undo file restored every parameter that the merge had changed, and the digests of the base agree.
     Otherwise ``rows`` say what may be wrong, and ``wrong`` is the share of the elements of these parameters that is
-    expected to differ from the base. ``restored``: the parameters; ``nbytes``: bytes of the output tensors.
+    expected to differ from the base. ``restored``: the parameters; ``left_merged``: those that stay as they are in the
+    merged model, as asked; ``nbytes``: bytes of the output tensors.
     """
 
     merged: str
@@ -37,6 +39,7 @@ class UnmergeReport:
     tensors: int
     nbytes: int
     seconds: float
+    left_merged: tuple[str, ...]
     rows: tuple[GuessRow, ...]
     wrong: float
     left_out: tuple[tuple[str, str], ...]
@@ -86,8 +89,9 @@ def unmerge(
     with merge_inputs.opened(Path(merged), [Path(adapter) for adapter in adapters], options) as given:
         way = restoring.way_back(given, options, kept)
         said = {} if kept is not None else {UNMERGED_KEY: "the best inverse of a merge, not the base itself"}
+        said |= way.left
         writing = restoring.planned(
-            way.given, way.restored.model, way.config, target, options, metadata=said, merged=False,
+            way.given, way.restored.model, way.config, target, options, metadata=said, merged=MERGED_KEY in said,
             seed=f"unmerge {undo}",
         )  # fmt: skip
         unmerger = Unmerger(way.restored.away, kept)
@@ -107,14 +111,24 @@ def unmerge(
             tensors=len(writing.plan.specs),
             nbytes=writing.plan.nbytes,
             seconds=time.perf_counter() - started,
+            left_merged=way.restored.left,
             rows=rows,
             wrong=restoring.expected_wrong(rows),
             left_out=tuple(writing.plan.unused),
             notes=writing.notes,
-            warnings=() if kept is not None else (INEXACT,),
+            warnings=(*way.warnings, *_warnings(way, exact=kept is not None)),
             digest=writing.plan.digest,
             dry_run=options.dry_run,
         )
+
+
+def _warnings(way: Way, *, exact: bool) -> tuple[str, ...]:
+    from ..reports.plain import count
+
+    left = way.restored.left
+    said = (f"{count(len(left), 'parameter')} as in the merged model, not as in the base: {', '.join(left)}",)
+    more = ("the result is still a merged model: it holds another adapter",) if MERGED_KEY in way.left else ()
+    return (*(() if exact else (INEXACT,)), *(said if left else ()), *more)
 
 
 INEXACT = (

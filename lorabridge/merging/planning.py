@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ..arithmetic import recipe
 from ..axes import Expr, cast, cut, join, reads, reshape
@@ -12,7 +12,7 @@ from ..dialects.peft_config import changes_base, unsupported_fields
 from ..errors import MappingError
 from . import ties
 from .landing import land, moved_prefix
-from .repetition import repeat_layers
+from .repetition import homes, repeat_layers
 from .worksheet import Addition, Worksheet
 
 __all__ = ["Addition", "Merged", "merge", "with_rows"]
@@ -25,7 +25,8 @@ class Merged:
     """A merged model: ``model`` has base parameters only.
 
     ``config``: the model's config.json with what had to change. ``parameters``: base parameters that get a delta.
-    ``replaced``: those that the adapter brings whole.
+    ``replaced``: those that the adapter brings whole. ``homes``: where a base parameter is found that has another
+    name in the model, because layers were repeated.
     """
 
     model: Adapter
@@ -34,6 +35,7 @@ class Merged:
     replaced: tuple[str, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    homes: Mapping[str, str] = field(default_factory=dict)
 
 
 def merge(
@@ -70,7 +72,9 @@ def merge(
     left_out = tuple((name, why) for name, why in dict(work.left_out).items() if name not in read)
     model = replace(base, extras=tuple(extras), left_out=left_out, merged=False)
     changed = tuple(dict.fromkeys([*work.places, *(name for name, _, _ in work.tokens)]))
-    return Merged(model, work.config, changed, tuple(work.replaced), tuple(work.notes), tuple(work.warnings))
+    return Merged(
+        model, work.config, changed, tuple(work.replaced), tuple(work.notes), tuple(work.warnings), work.homes
+    )
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -111,6 +115,10 @@ def _dora(addition: Addition) -> bool:
 def _repeat(work: Worksheet, addition: Addition) -> None:
     ranges = addition.adapter.config.get("layer_replication")
     if ranges:
+        found = homes(work.values, ranges, addition.label)
+        if work.homes and found:
+            raise MappingError("two adapters repeat layers", where=addition.label, hint="merge one after another")
+        work.homes = found
         work.values, work.config, note = repeat_layers(work.values, ranges, work.config, addition.label)
         work.notes.append(note)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ..axes import Expr
-from ..dialects.adapter import Value
+from ..dialects.adapter import Json, Value
 from ..errors import MappingError
 from ..names import natural_key
 
 STACKS = ("layers", "layer", "h", "blocks")
 """What the list of layers is called in Llama, BERT, GPT-2 and Falcon, and MindFormers."""
+LOST = "\0lost/"
+"""How a name begins that stands for a parameter of the base which the repeated model does not have."""
 
 
 def repeat_layers(
@@ -49,6 +51,54 @@ def repeat_layers(
         raise MappingError("the config does not say how many layers the base has", where=label, hint="check --config")
     said = f"config: {fields[0]} {len(layers)} became {len(order)}: layer_replication repeats layers"
     return dict(sorted(out.items(), key=lambda row: natural_key(row[0]))), changed, said
+
+
+def homes(names: Iterable[str], ranges: Value, label: str) -> dict[str, str]:
+    """Return where each parameter of a base is first found after its layers were repeated.
+
+    A layer that the ranges leave out is nowhere: its parameters get names that no model has (see :func:`origin`).
+    """
+    order = _order(ranges, label)
+    found: dict[str, str] = {}
+    for name in names:
+        layer = _layer(name)
+        if layer is not None:
+            stack, number, rest = layer
+            found[name] = f"{stack}.{order.index(number)}.{rest}" if number in order else LOST + name
+    return found
+
+
+def origin(name: str, ranges: Value, label: str) -> str:
+    """Return what a parameter of a repeated model is called in its base; empty for a further copy of a layer."""
+    if name.startswith(LOST):
+        return name.removeprefix(LOST)
+    layer, order = _layer(name), _order(ranges, label)
+    if layer is None:
+        return name
+    stack, number, rest = layer
+    if number >= len(order) or order[number] in order[:number]:
+        return ""
+    return f"{stack}.{order[number]}.{rest}"
+
+
+def shortened(config: Json, ranges: Value, label: str) -> dict[str, Value]:
+    """Return the config of a base whose layers were repeated; MappingError where layers of the base are missing."""
+    order = _order(ranges, label)
+    count = max(order) + 1
+    missing = sorted(set(range(count)) - set(order))
+    if missing:
+        raise MappingError(
+            "layers of the base are not in the merged model", where=[f"{label}: layer_replication {ranges}",
+            f"missing: {', '.join(map(str, missing))}"], hint="pass --undo with the file that merge --undo wrote",
+        )  # fmt: skip
+    changed = dict(config)
+    for field in ("num_hidden_layers", "n_layer"):
+        if config.get(field) == len(order):
+            changed[field] = count
+    for field, value in config.items():
+        if isinstance(value, list) and len(value) == len(order) and field.endswith(("_types", "_layers")):
+            changed[field] = [value[order.index(old)] for old in range(count)]
+    return changed
 
 
 def _order(ranges: Value, label: str) -> list[int]:

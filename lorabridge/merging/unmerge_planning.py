@@ -6,8 +6,9 @@ parameters that a merge replaces.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -15,10 +16,13 @@ from ..arithmetic import recipe as recipes
 from ..arithmetic.floats import Bits
 from ..arithmetic.recipe import Recipe, recipe_of
 from ..axes import Compute, Expr, Join, Kernel, Read, Reshape, Slice, evaluate, join, reads, reshape, substitute
-from ..dialects.adapter import Adapter, Extra
-from ..errors import MappingError
+from ..dialects.adapter import Adapter, Extra, Value
+from ..errors import MappingError, counted
+from ..names import natural_key
 from ..tensors import Source
 from .planning import Merged
+from .repetition import origin
+from .ties import EMBEDDINGS, HEAD
 from .undo import Kept, Recorder, UndoFile, block_rows, matrix
 from .unmerge_kernel import KEPT, RESTORE, additive, fingerprint, in_blocks
 
@@ -45,11 +49,13 @@ class Restored:
     """The base as expressions over the merged model and the adapters.
 
     ``nodes``: weights that are restored, before they are cut; ``away``: how many of their updates are taken away.
+    ``left``: what stays as it is in the merged model.
     """
 
     model: Adapter
     nodes: Mapping[str, Compute] = field(default_factory=dict)
     away: Mapping[str, int] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
 
 
 def traces(base: Adapter, model: Adapter) -> Traces:
@@ -74,6 +80,37 @@ def _plain(expr: Expr) -> Expr:
     while isinstance(expr, Reshape):
         expr = expr.x
     return expr
+
+
+def at_home(base: Adapter, homes: Mapping[str, str]) -> Adapter:
+    """Return a base whose parameters are called as in the merged model, where layers were repeated."""
+    return _called(base, lambda name: homes.get(name, name)) if homes else base
+
+
+def as_base(restored: Restored, ranges: Value, label: str) -> Restored:
+    """Return a restored base whose layers are numbered as before they were repeated; further copies are dropped."""
+    names = {extra.name: origin(extra.name, ranges, label) for extra in restored.model.extras}
+    copies = [extra for extra in restored.model.extras if not names[extra.name]]
+    gone = [(name, "a copy of another layer") for extra in copies for name in reads(extra.value)]
+    kept = replace(restored.model, extras=tuple(extra for extra in restored.model.extras if names[extra.name]))
+    model = _called(kept, lambda name: names[name])
+    nodes = {names[name]: node for name, node in restored.nodes.items() if names[name]}
+    ordered = {e.name: e.value for e in sorted(model.extras, key=lambda extra: natural_key(extra.name))}
+    return replace(restored, model=_with(model, ordered, [*restored.model.left_out, *gone]), nodes=nodes)
+
+
+def _called(model: Adapter, name_of: Callable[[str], str]) -> Adapter:
+    extras = []
+    for extra in model.extras:
+        path, _, parameter = name_of(extra.name).rpartition(".")
+        extras.append(replace(extra, path=path, parameter=parameter))
+    return replace(model, extras=tuple(extras))
+
+
+def nodes_of(model: Adapter) -> dict[str, Compute]:
+    """Return the weights of a merged model that get a delta, by name."""
+    found = ((extra.name, _node(extra.value)) for extra in model.extras)
+    return {name: node for name, node in found if node is not None}
 
 
 def _node(expr: Expr) -> Compute | None:
@@ -205,25 +242,80 @@ def _with(model: Adapter, values: Mapping[str, Expr], left_out: Sequence[tuple[s
     return replace(model, extras=tuple(extras), left_out=tuple(reasons.items()), merged=False)
 
 
-def best_inverse(model: Adapter, landed: Merged) -> Restored:
+def best_inverse(model: Adapter, landed: Merged, *, leave: Sequence[str] = ()) -> Restored:
     """Return the nearest to the base that can be computed from the merged model alone.
 
-    Raises MappingError where a parameter was replaced or normalised: nothing in the model says what it was.
+    ``leave``: globs on parameters that stay as they are in the merged model. Raises MappingError where any other
+    parameter was replaced or normalised: nothing in the model says what it was.
     """
     found = traces(model, landed.model)
-    where = [f"{name}: the adapter replaced it" for name in (*found.replaced, *found.lost, *found.added)]
-    where += [f"{name}: DoRA normalised it" for name, node in found.nodes.items() if not additive(recipe_of(node)[0])]
+    left = tuple(extra.name for extra in model.extras if any(fnmatchcase(extra.name, pattern) for pattern in leave))
+    idle = [repr(glob) for glob in leave if not any(fnmatchcase(extra.name, glob) for extra in model.extras)]
+    if idle:
+        raise MappingError("--leave matches no parameter", where=idle, hint="`lorabridge inspect` lists the names")
+    nodes = {name: node for name, node in found.nodes.items() if name not in left}
+    copies = _copies(found, nodes, landed.model)
+    where = [
+        f"{name}: {_gone(before, after)}"
+        for name, (before, after) in found.replaced.items()
+        if name not in copies and name not in left
+    ]
+    where += [f"{name}: {_NORMS}" for name, node in nodes.items() if not additive(recipe_of(node)[0])]
+    where += [f"{name}: the merged model has it in another shape than the adapter" for name in found.lost]
+    where += [f"{name}: the adapter brings it, the merged model does not have it" for name in found.added]
     if where:
         raise MappingError(
-            f"{len(where)} parameters cannot be computed back from the merged model",
+            f"{counted(len(where), 'parameter')} cannot be computed back from the merged model",
             where=where,
-            hint="pass --undo with the file that merge --undo wrote, or take them from the base",
+            hint="pass --undo with the file that merge --undo wrote, or take them from the base; --leave GLOB keeps "
+            "some as they are in the merged model",
         )
     values = {extra.name: extra.value for extra in model.extras}
-    for name, node in found.nodes.items():
+    for name, node in nodes.items():
         values[name] = reshape(in_blocks(node), values[name].shape)
-    away = {name: len(recipe_of(node)[0].updates) for name, node in found.nodes.items()}
-    return Restored(_with(model, values, [*landed.model.left_out, *_spare(landed)]), found.nodes, away)
+    for name, other in copies.items():
+        values[name] = values[other]
+    away = {name: len(recipe_of(node)[0].updates) for name, node in nodes.items()}
+    kept = tuple(name for name in left if name in found.nodes or name in found.replaced)
+    return Restored(_with(model, values, [*landed.model.left_out, *_spare(landed)]), nodes, away, kept)
+
+
+_NORMS = "DoRA normalised it, and the norm of each of its outputs in the base is gone"
+
+
+def _copies(found: Traces, nodes: Mapping[str, Compute], merged: Adapter) -> dict[str, str]:
+    """Return which replaced parameters are copies of a merged weight: a head that stays tied."""
+    by_value = {extra.value: extra.name for extra in merged.extras if extra.name in nodes}
+    return {name: by_value[after] for name, (_, after) in found.replaced.items() if after in by_value}
+
+
+def _gone(before: Expr, after: Expr) -> str:
+    if isinstance(after, Join) and set(reads(before)) & set(reads(after)):
+        return "rows of it were replaced by trained ones"
+    return "the adapter replaced it"
+
+
+def tied_again(restored: Restored, model: Adapter, held: Sequence[str]) -> tuple[Restored, str]:
+    """Take back a head that the merge untied from its embedding; also return the embedding's name, empty if none.
+
+    ``model``: the merged model; ``held``: the parameters that the merge added. Where only one of the two got a delta,
+    the other one is the base's matrix, bit for bit.
+    """
+    embedding = next((extra.name for extra in model.extras if extra.name.endswith(EMBEDDINGS)), "")
+    merged = {extra.name: extra.value for extra in model.extras}
+    if HEAD not in held or HEAD not in merged or not embedding:
+        return restored, ""
+    values = {extra.name: extra.value for extra in restored.model.extras}
+    gone = [(name, "of a head that is tied again") for name in reads(values.pop(HEAD))]
+    nodes = dict(restored.nodes)
+    if HEAD not in nodes:
+        gone += [(name, "the head's copy is the base's matrix") for name in reads(merged[embedding])]
+        values[embedding] = merged[HEAD]
+        nodes.pop(embedding, None)
+    nodes.pop(HEAD, None)
+    away = {name: count for name, count in restored.away.items() if name in nodes}
+    made = _with(restored.model, values, [*restored.model.left_out, *gone])
+    return replace(restored, model=made, nodes=nodes, away=away), embedding
 
 
 def stand_in(model: Adapter) -> Adapter:
@@ -239,13 +331,14 @@ def onto(restored: Restored, landed: Merged) -> Restored:
     for extra in landed.model.extras:
         node, before = _node(extra.value), restored.nodes.get(extra.name)
         flat = None
-        if node is not None and before is not None and _plain(node.args[0]) == _held(extra):
+        same = before is not None and recipe_of(before)[0].name == extra.name
+        if node is not None and before is not None and same and _plain(node.args[0]) == _held(extra):
             flat = _united(before, node)
         if flat is not None and before is not None:
             away[extra.name] = len(recipe_of(before)[0].updates)
             nodes[extra.name] = flat
             values[extra.name] = reshape(in_blocks(flat), extra.value.shape)
-        elif extra.value == _held(extra):
+        elif extra.value == _held(extra) and (same or before is None):
             values[extra.name] = old[extra.name]
             if before is not None:
                 nodes[extra.name], away[extra.name] = before, restored.away[extra.name]

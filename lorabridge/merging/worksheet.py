@@ -24,7 +24,7 @@ class Worksheet:
 
     ``values``: parameters in file order. ``config``: a copy of the model's, to be changed. ``places``: what is added to
     which parameter. ``tokens``: rows that replace others: (parameter, indices, rows). ``shared``: parameters that are
-    to equal another one.
+    to equal another one. ``homes``: where a base parameter is found whose layer was repeated.
     """
 
     values: dict[str, Expr]
@@ -36,6 +36,7 @@ class Worksheet:
     left_out: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    homes: dict[str, str] = field(default_factory=dict)
     landing: Landing = field(default_factory=Landing)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lorabridge import manifest
 from lorabridge.actions.choices import ConvertOptions
 from lorabridge.actions.convert import convert
 from lorabridge.actions.merge import MergeOptions, merge
 from lorabridge.arithmetic import addition
 from lorabridge.conversion import tasks
 from lorabridge.errors import LorabridgeError, MappingError, UsageError
+from lorabridge.formats import open_source
 
 Tensors = dict[str, np.ndarray]
 HIDDEN = 24
@@ -103,9 +105,17 @@ def test_converting_the_merged_model_equals_merging_the_converted_ones(
     merge(base, [adapter], tmp_path / "way3.ckpt", options)
     merge(base, [tmp_path / "adapter.ckpt"], tmp_path / "way4.ckpt", options)
     ways = [tmp_path / f"way{i}.ckpt" for i in (1, 2, 3, 4)]
-    assert len({path.read_bytes() for path in ways}) == 1
+    assert all(tensors(path) == tensors(ways[0]) for path in ways)
     merge(tmp_path / "base.ckpt", [adapter], tmp_path / "back.safetensors", replace_config(options, config))
     assert same(load_file(tmp_path / "back.safetensors"), load_file(tmp_path / "merged" / "model.safetensors"))
+
+
+def tensors(path: Path) -> dict[str, tuple[object, bytes]]:
+    """Return every tensor's description and bytes; the metadata says which way a file came."""
+    source = open_source(path)
+    found = {name: (spec, source.read(name).tobytes()) for name, spec in source.specs.items()}
+    source.close()
+    return found
 
 
 def replace_config(options: MergeOptions, config: Path) -> MergeOptions:
@@ -189,7 +199,28 @@ def test_a_merged_model_is_not_merged_again(tmp_path: Path) -> None:
         merge(base, [adapter], tmp_path / target)
         with pytest.raises(MappingError, match="merged model already"):
             merge(tmp_path / target, [adapter], tmp_path / "twice")
-    merge(tmp_path / "merged", [adapter], tmp_path / "twice", MergeOptions(onto_merged=True))
+    with pytest.raises(MappingError, match="holds this adapter already"):
+        merge(tmp_path / "merged", [adapter], tmp_path / "twice", MergeOptions(onto_merged=True))
+    _, other = small(tmp_path / "other", lora_alpha=3)
+    merge(tmp_path / "merged", [other], tmp_path / "twice", MergeOptions(onto_merged=True))
+    with pytest.raises(MappingError, match="merged model already") as error:
+        merge(tmp_path / "twice", [other], tmp_path / "thrice")
+    assert "holds adapter, adapter" in error.value.text()
+
+
+@pytest.mark.parametrize("target", ["merged.safetensors", "merged.bin", "merged.ckpt"])
+def test_a_merged_file_that_was_carried_away_alone_is_known(tmp_path: Path, target: str) -> None:
+    base, adapter = small(tmp_path)
+    merge(base, [adapter], tmp_path / target, MergeOptions(family="identity"))
+    (tmp_path / "away").mkdir()
+    alone = (tmp_path / target).rename(tmp_path / "away" / target)
+    for suffix in (".safetensors", ".bin", ".ckpt"):
+        other = tmp_path / "away" / f"converted{suffix}"
+        convert(alone, other, ConvertOptions(family="identity"))
+        manifest.sidecar(other).unlink(missing_ok=True)
+        for file in (alone, other):
+            with pytest.raises(MappingError, match="merged model already"):
+                merge(file, [adapter], tmp_path / "twice.safetensors", MergeOptions(family="identity"))
 
 
 def test_weights_that_are_not_finite_are_kept_and_told(tmp_path: Path) -> None:
