@@ -77,7 +77,7 @@ def test_names_and_shapes_are_those_of_the_real_class(
         assert all(a in (-1, b) for a, b in zip(shape, shapes[name], strict=True)), name
     found = check_complete(table, shapes, side="hf", sizes=sizes, layout=layout, architecture=architecture)
     assert found.problems == ()
-    assert detect_family(tables, shapes, "hf") == [family]
+    assert family in detect_family(tables, shapes, "hf")
 
 
 @pytest.mark.parametrize(("family", "architecture", "layout"), CASES)
