@@ -18,10 +18,17 @@ def open_distributed(path: Path, *, strategies: Sequence[Path] = (), step: str |
     """
     if not path.is_dir():
         return None
+    from .dcp import is_dcp, open_dcp
+    from .deepspeed import open_zero, zero_directory
     from .iterations import iteration_directory, open_iteration
     from .ranks import is_rank_directory, open_ranks
 
     if is_rank_directory(path):
         return open_ranks(path, strategies=strategies, step=step)
+    if is_dcp(path):
+        return open_dcp(path)
+    zero = zero_directory(path, step)
+    if zero is not None:
+        return open_zero(zero)
     iteration = iteration_directory(path, step)
     return open_iteration(iteration) if iteration is not None else None

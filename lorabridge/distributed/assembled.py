@@ -180,13 +180,17 @@ def _fill(out: Bits, expr: Expr, source: Source) -> None:
 class Files:
     """The tensors of many files of one container, each called ``<file>/<tensor>``; few files are open at a time.
 
+    ``open_file``: opens one of them, where that is not what the container's own reader does.
+
     ``specs`` are read from every header when it is made, so that a file that is damaged is found at once.
     """
 
-    def __init__(self, path: Path, format: str, files: Mapping[str, Path]) -> None:
+    def __init__(
+        self, path: Path, format: str, files: Mapping[str, Path], open_file: Callable[[Path], Source] | None = None
+    ) -> None:
         self.path = path
         self.format = format
-        self._shards = Shards(container(format).open_file, files)
+        self._shards = Shards(open_file or container(format).open_file, files)
         self._homes: dict[str, tuple[str, str]] = {}
         self.held: dict[str, Mapping[str, TensorSpec]] = {}
         """The tensors of each file, under their own names."""
