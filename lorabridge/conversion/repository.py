@@ -14,7 +14,7 @@ from ..dialects.mindformers_config import pet_section
 from ..distributed.assembled import Assembled
 from ..errors import InputError, UsageError
 from ..tensors import Source
-from . import pet_configs
+from . import pet_configs, single_device
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
@@ -85,7 +85,7 @@ def open_input(
                 model_config = given
         known = {*pet_configs.NAMES, pet_configs.SERVED, MODEL_CONFIG, "lorabridge.json", *_own_files(source)}
         known.add(Path(config_from).name)
-        extra = tuple(sorted(p for p in folder.iterdir() if p.name not in known)) if path.is_dir() else ()
+        extra = tuple(sorted(p for p in _home(source).iterdir() if p.name not in known)) if path.is_dir() else ()
         return Input(path, source, adapter_config, model_config, config_from, found, stated, extra)
     except BaseException:
         source.close()
@@ -93,6 +93,9 @@ def open_input(
 
 
 def _open_weights(path: Path, strategies: Sequence[Path], step: str | None) -> Source:
+    alone = single_device.model_file(path, step)
+    if alone is not None:
+        return formats.open_source(alone)
     assembled = distributed.open_distributed(path, strategies=strategies, step=step)
     if assembled is not None:
         return assembled
@@ -118,9 +121,13 @@ def weights_path(path: Path) -> Path:
     return held[0] if held else path
 
 
+def _home(source: Source) -> Path:
+    return source.path if source.path.is_dir() else source.path.parent
+
+
 def _own_files(source: Source) -> set[str]:
     """Return the names in the source's directory that its tensors lie under."""
-    home = source.path if source.path.is_dir() else source.path.parent
+    home = _home(source)
     inside = [path.relative_to(home).parts[0] for path in files_of(source) if path.is_relative_to(home)]
     return {source.path.name, *inside}
 
@@ -133,7 +140,7 @@ def files_of(source: Source) -> set[Path]:
 
 def _described(path: Path, source: Source) -> tuple[Json | None, str]:
     """Return the config that describes an adapter, from its directory or from beside the file."""
-    home = source.path if source.path.is_dir() else source.path.parent
+    home = _home(source)
     folders = dict.fromkeys((path, home) if path.is_dir() else (path.parent,))
     found = pet_configs.beside(list(folders)) or (pet_configs.yaml_beside(home) if path.is_dir() else None)
     return (_read_config(found), str(found)) if found is not None else (None, "")
