@@ -10,7 +10,7 @@ from lorabridge import axes
 from lorabridge.families.tables import (
     check_complete,
     detect_family,
-    load_tables,
+    load_family,
     map_adapter,
     sizes_from_config,
 )
@@ -19,7 +19,7 @@ from .catalogue import CASES, Case, Shapes, shapes_of, written
 from .conftest import Store, model, reread
 from .square import KINDS, square
 
-TABLES = load_tables()
+TABLES = {case.table: load_family(case.table) for case in CASES}
 
 
 def every_layout() -> Iterator[object]:
