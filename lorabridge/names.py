@@ -16,6 +16,7 @@ _DIGITS = frozenset("0123456789")
 _MOST_DIGITS = 9
 _LONGEST = 200
 _MOST_OPTIONS = 64
+_MOST_NAMES = 1024
 
 
 class TemplateError(ValueError):
@@ -95,6 +96,9 @@ class Template:
 
     def overlap(self, other: Template) -> bool:
         """Say whether some name fits both templates."""
+        all_mine, all_theirs = _names(self.text), _names(other.text)
+        if all_mine is not None and all_theirs is not None:
+            return not all_mine.isdisjoint(all_theirs)
         mine, theirs = _segments(self), _segments(other)
         if mine is None or theirs is None:
             return _meet(self.pieces, other.pieces)
@@ -184,6 +188,18 @@ def _option(name: str, at: int, options: tuple[str, ...], after: str) -> tuple[i
         if name.startswith(option + after, at) and (after or at + len(option) == len(name)):
             return k, at + len(option)
     return -1, at
+
+
+@lru_cache(maxsize=4096)
+def _names(text: str) -> frozenset[str] | None:
+    """Return every name that fits a template, where there are not too many: options only, no integers."""
+    found = [""]
+    for piece in _pieces(text):
+        options = (piece,) if isinstance(piece, str) else piece.options
+        if not options or len(found) * len(options) > _MOST_NAMES:
+            return None
+        found = [name + option for name in found for option in options]
+    return frozenset(found)
 
 
 def _segments(template: Template) -> tuple[str, ...] | None:
