@@ -68,10 +68,6 @@ def _rule(table: Table, rule: Rule) -> Iterator[str]:
     if len(rule.parts) > 1 and any(size.free for size in rule.out):
         yield "the parts of a fused module need sizes, not '?'"
     yield from _groups(rule)
-    if rule.kind == "param":
-        for side in _SIDES:
-            if "." not in rule.side(side).templates[0].text:
-                yield f"{side} must be module.parameter"
     for key, choice in rule.when:
         yield from _choice(table.layouts, key, choice)
 
