@@ -14,7 +14,7 @@ from itertools import groupby, pairwise
 _LITERAL = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 _DIGITS = frozenset("0123456789")
 _MOST_DIGITS = 9
-_LONGEST = 200
+_LONGEST = 400
 _MOST_OPTIONS = 64
 _MOST_NAMES = 1024
 

@@ -312,10 +312,10 @@ def test_a_file_is_checked_without_raising(tmp_path: Path) -> None:
 
 
 def test_shipped_tables_are_quick_to_load() -> None:
-    tables.load_tables()
+    count = len(tables.load_tables())
     start = time.process_time()
     tables.load_tables()
-    assert time.process_time() - start < 0.2
+    assert time.process_time() - start < 0.02 * count
 
 
 def test_the_example_of_the_grammar_page_is_a_table() -> None:
