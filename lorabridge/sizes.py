@@ -70,8 +70,11 @@ class Size:
         names = [atom for chain in self.alternatives for _, atom in chain if isinstance(atom, str)]
         return tuple(dict.fromkeys(names))
 
-    def value(self, sizes: Mapping[str, int] | Callable[[str], int | None]) -> int:
-        """Return the value, at least 1, or ANY; SizeError where a field is missing or the value is not a size."""
+    def value(self, sizes: Mapping[str, int] | Callable[[str], int | None], *, zero: bool = False) -> int:
+        """Return the value, at least 1, or ANY; SizeError where a field is missing or the value is not a size.
+
+        ``zero``: 0 is a value too, as for counts of layers that a model may not have.
+        """
         if self.free:
             return ANY
         get = sizes if callable(sizes) else sizes.get
@@ -79,7 +82,7 @@ class Size:
         for chain in self.alternatives:
             missing = [atom for _, atom in chain if isinstance(atom, str) and get(atom) is None]
             if not missing:
-                return _product(chain, get, self.text)
+                return _product(chain, get, self.text, 0 if zero else 1)
             lacking += missing
         names = tuple(dict.fromkeys(lacking))
         raise SizeError(f"{self.text!r} needs {' or '.join(names)}", names)
@@ -88,7 +91,7 @@ class Size:
         return self.text
 
 
-def _product(chain: tuple[Factor, ...], get: Callable[[str], int | None], text: str) -> int:
+def _product(chain: tuple[Factor, ...], get: Callable[[str], int | None], text: str, least: int) -> int:
     total = 1
     for operator, atom in chain:
         number = atom if isinstance(atom, int) else get(atom)
@@ -99,7 +102,7 @@ def _product(chain: tuple[Factor, ...], get: Callable[[str], int | None], text: 
             raise SizeError(f"{text!r}: {total} / {number} is not a whole number")
         else:
             total //= number
-        if not 0 < total <= _LARGEST:
+        if not least <= total <= _LARGEST:
             raise SizeError(f"{text!r} is {total}, not a size")
     return total
 

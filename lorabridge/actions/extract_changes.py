@@ -19,7 +19,7 @@ from ..dialects.pairs import EMBEDDING_WEIGHTS
 from ..dialects.readings import EMBEDDING_WORDS
 from ..errors import InputError, MappingError
 from ..families import tables
-from ..families.models import Index
+from ..families.variants import Index
 from ..families.rules import SideName, Slot, Table
 from ..tensors import Source
 from .sides import Rows

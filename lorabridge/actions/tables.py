@@ -111,10 +111,15 @@ def check(path: Path) -> TableCheck:
         table = load_table(path)
     except InputError as error:
         return TableCheck(str(path), error.where if len(error.where) > 1 else (_line(error),))
-    kinds = ("linear", "embedding", "param")
+    kinds = ("linear", "embedding", "conv", "param")
     counts = [(kind, sum(rule.kind == kind for rule in table.rules)) for kind in kinds]
-    counts += [("tied", len(table.tied)), ("buffer", len(table.buffers)), ("layout", len(table.layouts))]
-    return TableCheck(str(path), (), table.family, tuple(counts))
+    counts += [
+        ("stack", len(table.stacks)),
+        ("tied", len(table.tied)),
+        ("buffer", len(table.buffers)),
+        ("layout", len(table.layouts)),
+    ]
+    return TableCheck(str(path), (), table.family, tuple((name, number) for name, number in counts if number))
 
 
 def _line(error: InputError) -> str:
@@ -131,6 +136,13 @@ def _rows(table: Table) -> Iterator[Row]:
         faces = {side: tuple(_name(table, rule, side)) for side in _SIDES}
         conditions = [f"{key}={choice}" for key, choice in rule.when] + list(rule.only)
         yield Row(faces["hf"], faces["ms"], rule.kind, _operation(rule), ", ".join(conditions), str(rule.ref))
+    for stack in table.stacks:
+        stored = table.prefix(stack.owner).text * stack.prefixed + stack.stored.text
+        row = (stored,), (stack.item.text,)
+        mine, items = row if stack.owner == "hf" else row[::-1]
+        when = ", ".join(f"{key}={choice}" for key, choice in stack.when)
+        flat = ", joined to the next axis" if stack.flat else ""
+        yield Row(mine, items, "stack", f"{{{stack.hole}}} counts along axis 0{flat}", when, str(stack.ref))
     for tied in table.tied:
         sides = [(str(template),) if template else () for template in (tied.hf, tied.ms)]
         when = ", ".join(f"{key}={choice}" for key, choice in tied.when)
@@ -142,18 +154,24 @@ def _rows(table: Table) -> Iterator[Row]:
 
 def _name(table: Table, rule: Rule, side: SideName) -> Iterator[str]:
     face = rule.side(side)
-    for template in face.templates:
+    for module in face.faces:
         parameter = f".{face.weight}" if rule.kind == "embedding" else ""
-        yield (table.prefix(side).text if rule.prefixed else "") + template.text + parameter
+        yield (table.prefix(side).text if rule.prefixed else "") + module.template.text + parameter
 
 
 def _operation(rule: Rule) -> str:
     words = []
     if len(rule.parts) > 1:
         rows = " ".join(f"{part}[{size}]" for part, size in zip(rule.parts, rule.out, strict=True))
-        words.append(f"{'split' if rule.fused('hf') else 'fuse'} {rows}")
-        if rule.groups.text != "1":
-            words.append(f"in {rule.groups} groups")
+        count = {side: len(rule.side(side).faces) for side in _SIDES}
+        verb = "parts" if count["hf"] == count["ms"] else "split" if count["hf"] < count["ms"] else "fuse"
+        words.append(f"{verb} {rows}")
+    for side in _SIDES:
+        groups = dict.fromkeys(face.groups.text for face in rule.side(side).faces if len(face.parts) > 1)
+        words += [f"in {text} groups on {side}" for text in groups if text != "1"]
+        words += [f"{side} rows {rows.text}" for rows in rule.side(side).rows if rows is not None]
+        stored = rule.side(side).stored
+        words += [f"{side} axes {stored.text}"] if stored is not None else []
     if rule.hf.order != rule.ms.order:
         words.append("transpose")
     return ", ".join(words) or "rename"

@@ -62,8 +62,24 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True)
+class StackItem:
+    """Where the weight of one expert lies: item ``number`` of the stored tensor ``parameter`` (its full name).
+
+    The tensor's first axis counts the experts, ``count`` of them where it is known; it may be joined to the next axis.
+    """
+
+    parameter: str
+    number: int
+    count: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LoraModule:
     """One adapted module.
+
+    Experts whose weights one tensor holds are one module each: ``path`` is what names the item, by rule of the family
+    table else the tensor's name and the number (``decoder.layers.3.mlp.experts.weight1.17``), and ``stack`` says where
+    the weight lies. ``fan_in_fan_out``, ``out`` and the factors are those of the item's matrix.
 
     ``out``: length of the weight's output axis. ``weight``: the adapted parameter (``in_proj_weight`` for the fused
     input projection of nn.MultiheadAttention). ``fan_in_fan_out``: the base weight is stored ``[in, out]``; None when
@@ -84,6 +100,7 @@ class LoraModule:
     conv_form: Literal["peft", "loralib"] = "peft"
     kernel_size: tuple[int, ...] = ()
     groups: int = 1
+    stack: StackItem | None = None
 
     @property
     def plain(self) -> bool:
@@ -111,6 +128,10 @@ class Extra:
     def name(self) -> str:
         """Full parameter name."""
         return f"{self.path}.{self.parameter}" if self.path else self.parameter
+
+
+CARRIED = "its number is carried as the module's alpha"
+"""Why a tensor is among those left out of an adapter although nothing of it is lost."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from typing import TypeVar
+from dataclasses import replace
 
-from ..axes import Expr, ShapeError, Zeros, reads, transpose, zeros
-from ..dialects.adapter import Adapter, Extra, ExtraKind, LoraModule
-from ..errors import SHOWN, MappingError, UsageError
+from ..axes import Expr, ShapeError, Zeros, reshape, zeros
+from ..dialects.adapter import Adapter, LoraModule, ModuleKind, StackItem
+from ..errors import UsageError
 from ..names import natural_key
 from ..sizes import ANY, SizeError
+from .arrangements import Arrangement
 from .layouts import fuse_rows, split_rows
-from .models import Index, Variant, resolve, same_shape, shape_problem, slot_shape, tied_target
-from .rules import Buffer, Field, Rule, SideName, Slot, Table, Tied, other_side, slots
-from .terms import fuse_terms, split_terms
+from .models import slot_shape
+from .parameters import map_extras
+from .rules import Face, Rule, SideName, Slot, Table, other_side
+from .terms import fuse_terms, rearrange_terms, split_terms
+from .variants import resolve
+from .work import MERGE, Work, untouched
 
-_CONFIG = "give the model's configuration with --config config.json"
-_MERGE = "merge the adapter into the base model first"
+_KINDS: dict[int, ModuleKind] = {1: "conv1d", 2: "conv2d", 3: "conv3d"}
 
-Group = tuple[int, tuple[tuple[str, int], ...], Field, ExtraKind]
-Member = TypeVar("Member")
+Parts = dict[int, LoraModule]
+"""By part of a rule: a module that has the part's rows alone."""
 
 
 def map_adapter(
@@ -46,123 +47,42 @@ def map_adapter(
             )
         return adapter
     source = other_side(to)
-    given = [module.path for module in adapter.modules] + [extra.name for extra in adapter.extras]
-    variant = resolve(table, given, side=source, layout=layout or {})
-    targets = {(id(slot.rule), slot.field, slot.part): slot for slot in slots(table, to)}
-    work = _Work(table, source, to, variant, sizes, targets)
+    shapes = {module.path: () for module in adapter.modules} | {e.name: e.value.shape for e in adapter.extras}
+    variant = resolve(table, shapes, side=source, layout=layout or {})
+    work = Work.of(table, source, to, variant, sizes)
     modules = _map_modules(work, adapter.modules)
-    extras, left = _map_extras(work, adapter.extras)
-    work.finish(given)
+    extras, left = map_extras(work, adapter.extras)
+    work.finish(list(shapes))
     modules.sort(key=lambda module: natural_key(module.path))
     extras.sort(key=lambda extra: natural_key(extra.name))
     return replace(adapter, modules=tuple(modules), extras=tuple(extras), left_out=(*adapter.left_out, *left))
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """One run of a table, and what went wrong so far."""
-
-    table: Table
-    source: SideName
-    to: SideName
-    variant: Variant
-    sizes: Mapping[str, int] | None
-    targets: Mapping[tuple[int, Field, int], Slot]
-    problems: list[str] = field(default_factory=list)
-    hints: dict[str, None] = field(default_factory=dict)
-
-    def complain(self, problem: str, hint: str = "") -> None:
-        self.problems.append(problem)
-        if hint:
-            self.hints[hint] = None
-
-    def unmapped(self, name: str) -> None:
-        near = ""
-        if len(self.problems) < SHOWN:
-            known = [str(slot.template) for slot in slots(self.table, self.source)]
-            plain = ".".join("{i}" if part.isdigit() else part for part in name[:300].split("."))
-            near = next(iter(get_close_matches(plain, known, 1, 0.5)), "")
-        self.complain(f"{name}: no rule in {self.table.file}" + (f" (nearest: {near})" if near else ""))
-
-    def target(self, slot: Slot, part: int, bindings: Mapping[str, int]) -> str:
-        """Return the name on the target side; a fused side has one template for all parts."""
-        like = self.targets[id(slot.rule), slot.field, 0 if slot.rule.fused(self.to) else part]
-        return self.variant.name(like, self.to, bindings)
-
-    def part_sizes(self, rule: Rule, known: Mapping[int, int], total: int | None, where: str) -> list[int] | None:
-        """Return the rows of each part from the config, or from shapes when the rule says that all are equal."""
-        if self.sizes is not None:
-            return [size.value(self.sizes) for size in rule.out]
-        equal = len({size.text for size in rule.out}) == 1
-        if equal and total is not None and total % len(rule.parts) == 0:
-            return [total // len(rule.parts)] * len(rule.parts)
-        if equal and len(set(known.values())) == 1:
-            return list(known.values())[:1] * len(rule.parts)
-        if len(known) == len(rule.parts) and not equal:
-            return [known[part] for part in range(len(rule.parts))]
-        needed = dict.fromkeys(name for size in rule.out for name in size.fields)
-        self.complain(f"{where}: the rows of its parts need {', '.join(needed)} ({rule.ref})", _CONFIG)
-        return None
-
-    def groups(self, rule: Rule, where: str) -> int | None:
-        if not rule.groups.fields or self.sizes is not None:
-            return rule.groups.value(self.sizes or {})
-        self.complain(f"{where}: its row layout needs {', '.join(rule.groups.fields)} ({rule.ref})", _CONFIG)
-        return None
-
-    def finish(self, given: Sequence[str]) -> None:
-        if not self.problems:
-            return
-        problem = f"{len(self.problems)} of {len(given)} names do not fit the table {self.table.family}"
-        there = Index(self.table, self.to, self.table.prefix(self.to).answers)
-        if all(there.find(name) for name in given):
-            problem = f"every name is already on the {self.to} side of the table {self.table.family}"
-            self.hints["convert in the other direction, or use --family identity to keep the names"] = None
-        raise MappingError(
-            problem, where=self.problems, hint="; ".join(self.hints) or f"lorabridge tables show {self.table.family}"
-        )
-
-
-def _find(work: _Work, index: Index, name: str, modules: bool) -> tuple[Slot | Tied | Buffer, Mapping[str, int]] | None:
-    """Return what a name belongs to; the load-time proofs leave at most one reading under the chosen variant."""
-    for hit in index.find(name):
-        is_module = isinstance(hit.what, Slot) and hit.what.field == "module"
-        if is_module == modules and all(work.variant.layout.get(key, c) == c for key, c in hit.when):
-            return hit.what, hit.bindings
-    return None
-
-
-def _index(work: _Work) -> Index:
-    return Index(work.table, work.source, (work.variant.prefix(work.source),))
-
-
-def _map_modules(work: _Work, modules: Iterable[LoraModule]) -> list[LoraModule]:
-    index = _index(work)
-    gathered: dict[Group, dict[int, tuple[Slot, LoraModule]]] = {}
+def _map_modules(work: Work, modules: Iterable[LoraModule]) -> list[LoraModule]:
+    gathered: dict[tuple[int, tuple[tuple[str, int], ...]], dict[int, LoraModule]] = {}
+    rules: dict[int, Rule] = {}
     for module in modules:
-        slot, bindings = _find(work, index, module.path, modules=True) or (None, {})
-        if not isinstance(slot, Slot):
-            work.unmapped(module.path)
+        slot, bindings = work.find(module.path, modules=True) or (None, {})
+        if not isinstance(slot, Slot) or not _module_fits(work, slot, module):
             continue
-        if not _module_fits(work, slot, module, bindings):
-            continue
-        members = gathered.setdefault((id(slot.rule), tuple(bindings.items()), "module", "base"), {})
-        if slot.part in members:
+        rules[id(slot.rule)] = slot.rule
+        members = gathered.setdefault((id(slot.rule), tuple(bindings.items())), {})
+        if slot.face in members:
             work.complain(f"{module.path}: appears twice")
-        members[slot.part] = slot, module
+        members[slot.face] = module
     out: list[LoraModule] = []
-    for (_, bindings_, _, _), members in gathered.items():
-        slot = next(iter(members.values()))[0]
+    for (rule_id, bindings_), members in gathered.items():
         try:
-            out += _convert(work, slot, dict(bindings_), {part: module for part, (_, module) in members.items()})
+            out += _convert(work, rules[rule_id], dict(bindings_), members)
         except (ShapeError, SizeError) as error:
-            work.complain(f"{next(iter(members.values()))[1].path}: {error}")
+            work.complain(f"{next(iter(members.values())).path}: {error}")
     return out
 
 
-def _module_fits(work: _Work, slot: Slot, module: LoraModule, bindings: Mapping[str, int]) -> bool:
+def _module_fits(work: Work, slot: Slot, module: LoraModule) -> bool:
     rule, face = slot.rule, slot.rule.side(work.source)
-    if module.kind != rule.kind:
+    kind = "conv" if module.kind.startswith("conv") else module.kind
+    if kind != rule.kind:
         work.complain(f"{module.path}: is {module.kind}, but {rule.ref} maps {rule.kind}")
         return False
     if module.weight not in ("weight", face.weight):
@@ -171,91 +91,154 @@ def _module_fits(work: _Work, slot: Slot, module: LoraModule, bindings: Mapping[
     if work.sizes is None:
         return True
     before = len(work.problems)
-    _counts_fit(work, module.path, bindings)
     wanted = slot_shape(replace(slot, field="bias"), work.source, work.sizes)[0]
     inner = rule.inner.value(work.sizes) if rule.inner else 0
     if wanted not in (module.out, ANY):
-        said = " + ".join(size.text for size in (rule.out if rule.fused(work.source) else [rule.out[slot.part]]))
+        said = " + ".join(rule.out[part].text for part in face.faces[slot.face].parts)
         work.complain(f"{module.path}: {module.out} rows, but {said} = {wanted} ({rule.ref})")
     for term in module.terms[:1]:
-        if inner not in (term.a.shape[1], ANY):
+        if module.conv_form == "peft" and inner not in (term.a.shape[1], ANY):
             work.complain(f"{module.path}: input of {term.a.shape[1]}, but {rule.inner} = {inner} ({rule.ref})")
     return len(work.problems) == before
 
 
-def _counts_fit(work: _Work, name: str, bindings: Mapping[str, int]) -> None:
-    for hole, size in work.table.holes:
-        count = size.value(work.sizes or {}) if hole in bindings else 0
-        if hole in bindings and bindings[hole] >= count:
-            work.complain(f"{name}: number {bindings[hole]}, but {size} = {count} in the config")
-
-
 def _convert(
-    work: _Work, slot: Slot, bindings: Mapping[str, int], members: Mapping[int, LoraModule]
-) -> list[LoraModule]:
-    rule = slot.rule
+    work: Work, rule: Rule, bindings: Mapping[str, int], members: Mapping[int, LoraModule]
+) -> list[LoraModule]:  # fmt: skip
+    """Take the modules of one rule apart into parts, and put the parts together as the other side has them."""
+    theirs = rule.side(work.to)
+    made: list[tuple[int, LoraModule]] = []
+    parts: Parts = {}
+    for number, module in members.items():
+        face = rule.side(work.source).faces[number]
+        whole = untouched(rule, work.source, work.to, face)
+        if whole is not None:
+            made.append((whole, module))
+            continue
+        split = _split(work, rule, face, module)
+        parts |= {part: _shuffled(work, rule, part, piece) for part, piece in split.items()}
+    for number, face in enumerate(theirs.faces):
+        mine = {part: parts[part] for part in face.parts if part in parts}
+        if len(face.parts) == 1 and mine:
+            made.append((number, mine[face.parts[0]]))
+        elif mine:
+            made += [(number, fused) for fused in _fuse(work, rule, face, mine)]
+    return [_named(work, rule, number, bindings, module) for number, module in made]
+
+
+def _named(work: Work, rule: Rule, number: int, bindings: Mapping[str, int], module: LoraModule) -> LoraModule:
     face = rule.side(work.to)
     stored = face.order == "in out" if rule.kind == "linear" else None
-    if len(rule.parts) == 1:
-        made = [(0, members[0])]
-    elif rule.fused(work.source):
-        made = _split(work, rule, members[0])
-    else:
-        made = _fuse(work, rule, members)
-    return [
-        replace(module, path=work.target(slot, part, bindings), fan_in_fan_out=stored, weight=face.weight)
-        for part, module in made
-    ]
+    path = work.target(rule, "module", number, bindings)
+    item = work.stacks[work.to].module(path, face.weight)
+    stack = None if item is None else StackItem(item.stored, item.number, work.counts.get(item.stack.hole))
+    if rule.kind == "conv":
+        module = _kernel(work, rule, module)
+    return replace(module, path=path, fan_in_fan_out=stored, weight=face.weight, stack=stack)
 
 
-def _split(work: _Work, rule: Rule, module: LoraModule) -> list[tuple[int, LoraModule]]:
-    sizes = work.part_sizes(rule, {}, module.out, module.path)
-    groups = work.groups(rule, module.path)
+def _kernel(work: Work, rule: Rule, module: LoraModule) -> LoraModule:
+    """Give conv factors the target's kernel axes; loralib's matrices have none, but count on the kernel's side."""
+    mine, theirs = rule.side(work.source).stored, rule.side(work.to).stored
+    before, after = (len(side.axes) - 2 if side is not None else len(rule.axes) for side in (mine, theirs))
+    if before == after:
+        return module
+    if module.conv_form == "loralib":
+        work.complain(f"{module.path}: loralib's factors of a {before}-dimensional kernel are none of {after}", MERGE)
+        return module
+    kernel = module.kernel_size
+    spread = kernel if mine is None else mine.lengths_of_stored((1, 1, *kernel), work.sizes)[2:]
+    spread = spread if theirs is None else _stored_kernel(theirs, spread)
+    terms = tuple(
+        replace(t, a=reshape(t.a, (*t.a.shape[:2], *spread)), b=reshape(t.b, (*t.b.shape[:2], *(1,) * after)))
+        for t in module.terms
+    )
+    magnitude = module.magnitude
+    if magnitude is not None:
+        magnitude = reshape(magnitude, (1, module.out, *(1,) * after))
+    return replace(module, kind=_KINDS[after], terms=terms, magnitude=magnitude, kernel_size=spread)
+
+
+def _stored_kernel(theirs: Arrangement, kernel: Sequence[int]) -> tuple[int, ...]:
+    lengths = (1, 1, *kernel)
+    found = []
+    for axis in theirs.axes[2:]:
+        total = 1
+        for atom in axis:
+            total *= lengths[atom]
+        found.append(total)
+    return tuple(found)
+
+
+def _split(work: Work, rule: Rule, face: Face, module: LoraModule) -> Parts:
+    if len(face.parts) == 1:
+        return {face.parts[0]: module}
+    sizes = work.rows(rule, face, {}, module.out, module.path)
+    groups = work.groups(rule, face, module.path)
     if sizes is None or groups is None:
-        return []
+        return {}
     terms = split_terms(module.terms, sizes, groups=groups)
     magnitudes = split_rows(module.magnitude, sizes, groups=groups) if module.magnitude is not None else None
     biases = split_rows(module.lora_bias, sizes, groups=groups) if module.lora_bias is not None else None
-    out = []
-    for part, size in enumerate(sizes):
-        bias = biases[part] if biases is not None and not isinstance(biases[part], Zeros) else None
-        magnitude = magnitudes[part] if magnitudes is not None else None
-        if terms[part]:
-            out.append((part, replace(module, out=size, terms=terms[part], magnitude=magnitude, lora_bias=bias)))
+    out: Parts = {}
+    for k, (part, size) in enumerate(zip(face.parts, sizes, strict=True)):
+        bias = biases[k] if biases is not None and not isinstance(biases[k], Zeros) else None
+        magnitude = magnitudes[k] if magnitudes is not None else None
+        if terms[k]:
+            out[part] = replace(module, out=size, terms=terms[k], magnitude=magnitude, lora_bias=bias)
         elif bias is not None or magnitude is not None:
-            work.complain(f"{module.path}: part {rule.parts[part]!r} has a bias or magnitude but no factors", _MERGE)
+            work.complain(f"{module.path}: part {rule.parts[part]!r} has a bias or magnitude but no factors", MERGE)
     return out
 
 
-def _fuse(work: _Work, rule: Rule, members: Mapping[int, LoraModule]) -> list[tuple[int, LoraModule]]:
+def _shuffled(work: Work, rule: Rule, part: int, module: LoraModule) -> LoraModule:
+    """Bring a part's rows from the source's order to the target's."""
+    here, there = rule.side(work.source).rows_of(part), rule.side(work.to).rows_of(part)
+    if here == there:
+        return module
+
+    def turn(x: Expr) -> Expr:
+        common = x if here is None else here.load_rows(x, 0, work.sizes)
+        return common if there is None else there.store_rows(common, 0, work.sizes)
+
+    return replace(
+        module,
+        terms=rearrange_terms(module.terms, module.out, turn),
+        magnitude=None if module.magnitude is None else turn(module.magnitude),
+        lora_bias=None if module.lora_bias is None else turn(module.lora_bias),
+    )
+
+
+def _fuse(work: Work, rule: Rule, face: Face, members: Parts) -> list[LoraModule]:
     first = members[min(members)]
-    sizes = work.part_sizes(rule, {part: module.out for part, module in members.items()}, None, first.path)
-    groups = work.groups(rule, first.path)
-    if sizes is None or groups is None or not _alike(work, rule, members):
+    sizes = work.rows(rule, face, {part: module.out for part, module in members.items()}, None, first.path)
+    groups = work.groups(rule, face, first.path)
+    if sizes is None or groups is None or not _alike(work, rule, face, members):
         return []
-    out = sum(sizes)
-    terms = fuse_terms({part: members[part].terms for part in sorted(members)}, sizes, groups=groups)
-    magnitudes = [m.magnitude for part in sorted(members) if (m := members[part]).magnitude is not None]
+    ordered = [part for part in face.parts if part in members]
+    places = {part: face.parts.index(part) for part in ordered}
+    terms = fuse_terms({places[part]: members[part].terms for part in ordered}, sizes, groups=groups)
+    magnitudes = [m.magnitude for part in ordered if (m := members[part]).magnitude is not None]
     given = [m.lora_bias for m in members.values() if m.lora_bias is not None]
     biases = [
         bias if part in members and (bias := members[part].lora_bias) is not None else zeros(given[0].dtype, (size,))
-        for part, size in enumerate(sizes)
+        for part, size in zip(face.parts, sizes, strict=True)
         if given
     ]
     fused = replace(
         first,
-        out=out,
+        out=sum(sizes),
         terms=terms,
         magnitude=fuse_rows(magnitudes, groups=groups) if magnitudes else None,
         lora_bias=fuse_rows(biases, groups=groups) if biases else None,
     )
-    return [(0, fused)]
+    return [fused]
 
 
-def _alike(work: _Work, rule: Rule, members: Mapping[int, LoraModule]) -> bool:
+def _alike(work: Work, rule: Rule, face: Face, members: Parts) -> bool:
     """Check that one fused module can say what its parts say; the factors themselves may differ."""
     before = len(work.problems)
-    paths = ", ".join(members[part].path for part in sorted(members))
+    paths = ", ".join(dict.fromkeys(members[part].path for part in sorted(members)))
     if len({(module.scaling.value, module.scaling.rslora) for module in members.values()}) > 1:
         said = ", ".join(f"{members[part].scaling.value:g}" for part in sorted(members))
         work.complain(
@@ -263,111 +246,6 @@ def _alike(work: _Work, rule: Rule, members: Mapping[int, LoraModule]) -> bool:
             "write the adapter with one alpha and rank for these modules, or merge it into the base model first",
         )
     with_magnitude = [part for part, module in members.items() if module.magnitude is not None]
-    if with_magnitude and len(with_magnitude) < len(rule.parts):
-        work.complain(f"{paths}: DoRA needs a magnitude for each of {', '.join(rule.parts)}", _MERGE)
+    if with_magnitude and len(with_magnitude) < len(face.parts):
+        work.complain(f"{paths}: DoRA needs a magnitude for each of {', '.join(rule.parts)}", MERGE)
     return len(work.problems) == before
-
-
-def _map_extras(work: _Work, extras: Sequence[Extra]) -> tuple[list[Extra], list[tuple[str, str]]]:
-    index = _index(work)
-    present = {extra.name: extra for extra in extras}
-    gathered: dict[Group, dict[int, tuple[Slot, Extra]]] = {}
-    out: list[Extra] = []
-    left: list[tuple[str, str]] = []
-    for extra in extras:
-        found = _find(work, index, extra.name, modules=False)
-        if found is None:
-            work.unmapped(extra.name)
-        elif isinstance(found[0], Slot):
-            slot, bindings = found[0], found[1]
-            if not _extra_fits(work, slot, extra, bindings):
-                continue
-            key = (id(slot.rule), tuple(bindings.items()), slot.field, extra.kind)
-            gathered.setdefault(key, {})[slot.part] = slot, extra
-        elif isinstance(found[0], Buffer):
-            left += [(name, found[0].drop) for name in reads(extra.value)]
-        else:
-            _map_tied(work, found[0], extra, present, out, left)
-    for (_, bindings_, _, _), members in gathered.items():
-        slot = next(iter(members.values()))[0]
-        try:
-            out += _convert_extra(work, slot, dict(bindings_), {part: extra for part, (_, extra) in members.items()})
-        except (ShapeError, SizeError) as error:
-            work.complain(f"{next(iter(members.values()))[1].name}: {error}")
-    out += _copies_of_tied(work, present)
-    return out, left
-
-
-def _extra_fits(work: _Work, slot: Slot, extra: Extra, bindings: Mapping[str, int]) -> bool:
-    if work.sizes is None:
-        return True
-    before = len(work.problems)
-    _counts_fit(work, extra.name, bindings)
-    wanted, shape = slot_shape(slot, work.source, work.sizes), extra.value.shape
-    if extra.kind == "trainable_tokens":
-        wanted, shape = wanted[1:], shape[1:]
-    if not same_shape(shape, wanted):
-        work.complain(shape_problem(extra.name, extra.value.shape, slot, work.source, work.sizes))
-    return len(work.problems) == before
-
-
-def _convert_extra(work: _Work, slot: Slot, bindings: Mapping[str, int], members: Mapping[int, Extra]) -> list[Extra]:
-    rule, first = slot.rule, next(iter(members.values()))
-    axis = 1 if slot.field == "weight" and rule.side(work.source).order == "in out" else 0
-    turned = slot.field == "weight" and rule.hf.order != rule.ms.order
-
-    def turn(value: Expr) -> Expr:
-        return transpose(value) if turned else value
-
-    def named(part: int, value: Expr) -> Extra:
-        path, _, parameter = work.target(slot, part, bindings).rpartition(".")
-        return Extra(path, parameter, value, first.kind)
-
-    if len(rule.parts) == 1:
-        return [named(0, turn(first.value))]
-    groups = work.groups(rule, first.name)
-    if rule.fused(work.source):
-        sizes = work.part_sizes(rule, {}, first.value.shape[axis], first.name)
-        if sizes is None or groups is None:
-            return []
-        value = turn(first.value)
-        parts = split_rows(value, sizes, groups=groups, axis=1 - axis if turned else axis)
-        return [named(part, piece) for part, piece in enumerate(parts)]
-    missing = [rule.parts[part] for part in range(len(rule.parts)) if part not in members]
-    if missing:
-        work.complain(f"{first.name}: fusing needs {', '.join(missing)} as well ({rule.ref})")
-    if missing or groups is None:
-        return []
-    parts = tuple(members[part].value for part in range(len(rule.parts)))
-    return [named(0, turn(fuse_rows(parts, groups=groups, axis=axis)))]
-
-
-def _map_tied(
-    work: _Work, tied: Tied, extra: Extra, present: Mapping[str, Extra], out: list[Extra], left: list[tuple[str, str]]
-) -> None:
-    target = tied.side(work.to)
-    to = tied_target(work.table, tied, work.source, work.variant)
-    if target is not None:
-        path, _, parameter = target.text.rpartition(".")
-        out.append(Extra(path, parameter, extra.value, extra.kind))
-    elif to in present:
-        left += [(name, f"tied: equal to {to}") for name in reads(extra.value)]
-    else:
-        work.complain(
-            f"{extra.name}: has no {work.to} counterpart of its own, and {to} is not here to compare ({tied.ref})"
-        )
-
-
-def _copies_of_tied(work: _Work, present: Mapping[str, Extra]) -> list[Extra]:
-    """Write a tied parameter that the source leaves out where the target keeps it apart."""
-    copies = []
-    for tied in work.table.tied:
-        mine, target = tied.side(work.source), tied.side(work.to)
-        chosen = all(work.variant.layout.get(key) == choice for key, choice in tied.when)
-        if work.source != tied.owner or mine is None or target is None or mine.text in present or not chosen:
-            continue
-        to = present.get(tied_target(work.table, tied, work.source, work.variant))
-        if to is not None and to.kind == "base":
-            path, _, parameter = target.text.rpartition(".")
-            copies.append(Extra(path, parameter, to.value, "base"))
-    return copies

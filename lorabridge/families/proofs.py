@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
+from ..axes import ShapeError
 from ..names import Template
-from ..sizes import Size, SizeError
-from .rules import Layout, Rule, RuleRef, SideName, Slot, Table, slots
+from ..sizes import ANY, SizeError
+from .rules import SIDES, Layout, Rule, RuleRef, SideName, Slot, Span, Table, When, slots
 
-_SIDES: tuple[SideName, SideName] = ("hf", "ms")
-
-Claim = tuple[Template, RuleRef, tuple[tuple[str, str], ...]]
+Claim = tuple[Template, RuleRef, When]
 
 
 def prove(table: Table) -> list[str]:
@@ -22,7 +21,8 @@ def prove(table: Table) -> list[str]:
     and choice that is used is declared; every drop has a reason; a tie points at a mapped parameter;
     ``table.reverse().reverse() == table``.
     """
-    problems = list(chain(_identity(table), _sizes(table), _layouts(table), _ties(table), _buffers(table)))
+    parts = (_identity, _sizes, _layouts, _ties, _buffers, _stacks)
+    problems = list(chain.from_iterable(part(table) for part in parts))
     for rule in table.rules:
         problems += [f"{rule.ref}: {problem}" for problem in _rule(table, rule)]
     if not problems:
@@ -40,16 +40,15 @@ def _identity(table: Table) -> Iterator[str]:
         yield f"{table.file}: an identity table has no rules, sizes or prefixes"
     if table.alike and table.hf_prefix != table.ms_prefix:
         yield f"{table.file}: alike = true, but the two prefixes are not the same"
-    if len(set(table.hf_prefix.answers)) + len(set(table.ms_prefix.answers)) != len(
-        (*table.hf_prefix.answers, *table.ms_prefix.answers)
-    ):
-        yield f"{table.file}: a prefix is given twice"
+    for prefix in (table.hf_prefix, table.ms_prefix):
+        if len(set(prefix.answers)) < len(prefix.answers):
+            yield f"{table.file}: a prefix is given twice"
     if not table.identity and not table.rules:
         yield f"{table.file}: the table has no rules"
 
 
 def _rule(table: Table, rule: Rule) -> Iterator[str]:
-    templates = [*rule.hf.templates, *rule.ms.templates]
+    templates = [face.template for side in SIDES for face in rule.side(side).faces]
     for template in templates[1:]:
         if template.holes != templates[0].holes:
             yield (
@@ -65,7 +64,7 @@ def _rule(table: Table, rule: Rule) -> Iterator[str]:
         for field in size.fields:
             if field not in declared:
                 yield f"{field!r} in {size.text!r} is not in [sizes]"
-    if len(rule.parts) > 1 and any(size.free for size in rule.out):
+    if any(len(face.parts) > 1 for side in SIDES for face in rule.side(side).faces) and any(s.free for s in rule.out):
         yield "the parts of a fused module need sizes, not '?'"
     yield from _groups(rule)
     for key, choice in rule.when:
@@ -74,13 +73,15 @@ def _rule(table: Table, rule: Rule) -> Iterator[str]:
 
 def _groups(rule: Rule) -> Iterator[str]:
     """Compare what is constant; sizes that come from a config are compared when it is read."""
-    try:
-        groups = 0 if rule.groups.fields else rule.groups.value({})
-        for part, size in zip(rule.parts, rule.out, strict=False):
-            if groups and not size.fields and size.value({}) % groups:
-                yield f"part {part!r} has {size} rows, which do not divide by groups = {groups}"
-    except SizeError as error:
-        yield str(error)
+    for face in (face for side in SIDES for face in rule.side(side).faces):
+        try:
+            groups = 0 if face.groups.fields else face.groups.value({})
+            for part in face.parts:
+                size = rule.out[part] if rule.out else None
+                if groups and size is not None and not size.fields and not size.free and size.value({}) % groups:
+                    yield f"part {rule.parts[part]!r} has {size} rows, which do not divide by groups = {groups}"
+        except SizeError as error:
+            yield str(error)
 
 
 def _holes(template: Template) -> str:
@@ -108,9 +109,10 @@ def _sizes(table: Table) -> Iterator[str]:
         known.add(name)
         if size.free:
             yield f"{table.file}: size {name!r} has no value; write '?' in the rule"
-    for name, size in table.holes:
+    for name, span in table.holes:
         yield from (
             f"{table.file}: hole {name!r} counts to {field!r}, which is not in [sizes]"
+            for size in span.sizes
             for field in size.fields
             if field not in every
         )
@@ -146,6 +148,32 @@ def _buffers(table: Table) -> Iterator[str]:
             yield f"{buffer.ref}: a buffer that is dropped needs a reason"
 
 
+def _stacks(table: Table) -> Iterator[str]:
+    """Compare stacks with the rules whose parameters they hold."""
+    for stack in table.stacks:
+        if stack.hole not in dict(table.holes):
+            yield f"{stack.ref}: integer hole {{{stack.hole}}} is not in [holes]"
+        elif table.span(stack.hole).shifted or table.span(stack.hole).hf.text != "0":
+            yield f"{stack.ref}: the parts of a stack are counted from 0"
+        for hole, options in stack.item.holes.items():
+            if not options and hole not in dict(table.holes):
+                yield f"{stack.ref}: integer hole {{{hole}}} is not in [holes]"
+        held = [slot for slot in slots(table, stack.owner) if _same_names(stack.item, slot.template)]
+        if not any(slot.field in ("weight", "bias", "param") for slot in held):
+            yield f"{stack.ref}: item {stack.item} is no parameter of a rule"
+        for key, choice in stack.when:
+            yield from (f"{stack.ref}: {problem}" for problem in _choice(table.layouts, key, choice))
+
+
+def _same_names(one: Template, other: Template) -> bool:
+    """Say whether two templates have the same text around holes of the same kind, so that they fit the same names."""
+
+    def shape(template: Template) -> tuple[object, ...]:
+        return tuple(piece if isinstance(piece, str) else piece.options for piece in template.pieces)
+
+    return shape(one) == shape(other)
+
+
 def _overlaps(table: Table, side: SideName) -> Iterator[str]:
     """Compare every two claims on names of one side, modules with modules and parameters with parameters."""
     every = slots(table, side)
@@ -158,8 +186,33 @@ def _overlaps(table: Table, side: SideName) -> Iterator[str]:
         for k, (template, ref, when) in enumerate(claims):
             for second, other, condition in claims[k + 1 :]:
                 exclusive = any(dict(when).get(key, choice) != choice for key, choice in condition)
-                if not exclusive and template.overlap(second):
+                if not exclusive and template.overlap(second) and not _apart(table, side, template, second):
                     yield f"{other}: {second} and {template} ({ref}) can fit the same {side} name"
+
+
+def _apart(table: Table, side: SideName, one: Template, other: Template) -> bool:
+    """Say whether two templates differ in a number that counts through spans one after the other."""
+    spans = dict(table.holes)
+    for mine, theirs in zip(one.pieces, other.pieces, strict=False):
+        if isinstance(mine, str) or isinstance(theirs, str):
+            if mine != theirs:
+                return False
+            continue
+        both = [spans.get(hole.name) for hole in (mine, theirs)]
+        if mine.options or theirs.options or None in both:
+            return False
+        first, second = (span for span in both if span is not None)
+        if _before(table, side, first, second) or _before(table, side, second, first):
+            return True
+    return False
+
+
+def _before(table: Table, side: SideName, one: Span, other: Span) -> bool:
+    """Say whether a span ends where, or before, another begins: as expressions, along a chain of spans."""
+    ends = {one.stop.text} if one.stop is not None else set()
+    for _ in table.holes:
+        ends |= {s.stop.text for _, s in table.holes if s.stop is not None and s.start(side).text in ends}
+    return other.start(side).text in ends
 
 
 def _claims(table: Table, slot: Slot, side: SideName) -> Iterator[Claim]:
@@ -172,6 +225,10 @@ def _other_claims(table: Table, side: SideName) -> Iterator[Claim]:
         template = tied.side(side)
         if template is not None:
             yield template, tied.ref, tied.when
+    for stack in table.stacks:
+        if stack.owner == side:
+            for prefix in table.prefix(side).answers if stack.prefixed else ("",):
+                yield stack.stored.between(prefix), stack.ref, stack.when
     for buffer in table.buffers:
         template = buffer.side(side)
         if template is not None:
@@ -180,23 +237,38 @@ def _other_claims(table: Table, side: SideName) -> Iterator[Claim]:
 
 
 def check_sizes(table: Table, sizes: dict[str, int]) -> list[str]:
-    """Return what does not fit once a config is known: sizes without a value, parts that do not divide by groups."""
+    """Return what does not fit once a config is known: sizes without a value, parts that do not divide by groups.
+
+    Rows that are rearranged must be as many as their part has.
+    """
     problems = []
     for rule in table.rules:
         try:
-            groups = _value(rule.groups, sizes)
-            for part, size in zip(rule.parts, rule.out, strict=False):
-                if _value(size, sizes) % groups:
-                    problems.append(
-                        f"{rule.ref}: part {part!r} has {size} = {_value(size, sizes)} rows, "
-                        f"which do not divide by groups = {rule.groups} = {groups}"
-                    )
+            for side in SIDES:
+                problems += [f"{rule.ref}: {problem}" for problem in _misfits(rule, side, sizes)]
             for size in rule.sizes:
-                _value(size, sizes)
-        except SizeError as error:
+                size.value(sizes)
+        except (SizeError, ShapeError) as error:
             problems.append(f"{rule.ref}: {error}")
-    return problems
+    for name, span in table.holes:
+        try:
+            span.numbers("hf", sizes), span.numbers("ms", sizes)
+        except SizeError as error:
+            problems.append(f"{table.file}: hole {name!r}: {error}")
+    return list(dict.fromkeys(problems))
 
 
-def _value(size: Size, sizes: dict[str, int]) -> int:
-    return size.value(sizes)
+def _misfits(rule: Rule, side: SideName, sizes: dict[str, int]) -> Iterator[str]:
+    for face in rule.side(side).faces:
+        groups = face.groups.value(sizes)
+        for part in face.parts if len(face.parts) > 1 else ():
+            name, size = rule.parts[part], rule.out[part]
+            if size.value(sizes) % groups:
+                yield (
+                    f"part {name!r} has {size} = {size.value(sizes)} rows, "
+                    f"which do not divide by groups = {face.groups} = {groups}"
+                )
+    for part, rows in enumerate(rule.side(side).rows):
+        total = rule.out[part].value(sizes)
+        if rows is not None and total != ANY:
+            rows.lengths(sizes, total)

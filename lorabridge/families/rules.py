@@ -1,4 +1,4 @@
-"""What a family table says, as values: rules, prefixes, layouts, ties and buffers. Reading TOML is ``tables``' work."""
+"""What a family table says, as values: rules, prefixes, layouts, stacks, ties, buffers. ``grammar`` reads TOML."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import Literal
 
 from ..names import Template
 from ..sizes import Size
+from .arrangements import Arrangement
 
 SideName = Literal["hf", "ms"]
 Order = Literal["out in", "in out"]
-RuleKind = Literal["linear", "embedding", "param"]
+RuleKind = Literal["linear", "embedding", "param", "conv"]
+SIDES: tuple[SideName, SideName] = ("hf", "ms")
 ONE = Size.parse("1")
+ZERO = Size.parse("0")
 
 Field = Literal["module", "weight", "bias", "param"]
+When = tuple[tuple[str, str], ...]
 
 
 def other_side(side: SideName) -> SideName:
@@ -34,39 +38,57 @@ class RuleRef:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """How one side calls a rule's modules (kind "param": parameters).
+class Face:
+    """One module of a side (kind "param": one parameter): which parts of the rule it holds, by position, in row order.
 
-    ``templates``: one, or one per part in row order. ``order``: axes of the stored base weight.
-    ``weight``: the parameter that a LoRA delta is added to.
+    ``groups``: see ``layouts.split_rows``.
     """
 
-    templates: tuple[Template, ...]
+    template: Template
+    parts: tuple[int, ...] = (0,)
+    groups: Size = ONE
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """How one side calls and stores what a rule is about.
+
+    ``order``: axes of the stored base weight. ``weight``: the parameter that a LoRA delta is added to. ``rows``: per
+    part, how its rows lie there (None: in the common order; empty: all are). ``stored``: the axes of a "param" or of a
+    "conv" weight where they differ from the common ones.
+    """
+
+    faces: tuple[Face, ...]
     order: Order = "out in"
     weight: str = "weight"
+    rows: tuple[Arrangement | None, ...] = ()
+    stored: Arrangement | None = None
+
+    def rows_of(self, part: int) -> Arrangement | None:
+        """Return how a part's rows lie."""
+        return self.rows[part] if self.rows else None
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One correspondence between the sides.
 
-    ``parts`` and ``out`` go together: one entry for a rename, several where one side fuses. ``inner``: the weight's
-    other axis. ``axes``: shape of a "param". ``groups``: see ``layouts.split_rows``. ``when``: (layout, choice) pairs
-    that must hold. ``only``: the architectures that have it; empty = all. ``prefixed``: lies under the sides' prefixes.
-    ``optional``: a model may be without it.
+    ``parts`` and ``out`` go together: one entry for a rename, several where a side fuses. ``inner``: the weight's
+    other axis. ``axes``: shape of a "param", kernel of a "conv". ``when``: (layout, choice) pairs that must hold.
+    ``only``: the architectures that have it; empty = all. ``prefixed``: lies under the sides' prefixes. ``optional``:
+    a model may be without it.
     """
 
     kind: RuleKind
     ref: RuleRef
     hf: Side
     ms: Side
-    parts: tuple[str, ...]
+    parts: tuple[str, ...] = ("",)
     out: tuple[Size, ...] = ()
     inner: Size | None = None
     axes: tuple[Size, ...] = ()
     bias: Literal["yes", "no", "optional"] = "no"
-    groups: Size = ONE
-    when: tuple[tuple[str, str], ...] = ()
+    when: When = ()
     only: tuple[str, ...] = ()
     prefixed: bool = True
     optional: bool = False
@@ -75,14 +97,13 @@ class Rule:
         """Return one side."""
         return self.hf if name == "hf" else self.ms
 
-    def fused(self, name: SideName) -> bool:
-        """Say whether this side holds several parts in one module."""
-        return len(self.side(name).templates) < len(self.parts)
-
     @property
     def sizes(self) -> tuple[Size, ...]:
         """Every expression of the rule."""
-        return (*self.out, *((self.inner,) if self.inner else ()), *self.axes, self.groups)
+        groups = [face.groups for side in (self.hf, self.ms) for face in side.faces]
+        arranged = [a for side in (self.hf, self.ms) for a in (*side.rows, side.stored) if a is not None]
+        inner = (self.inner,) if self.inner else ()
+        return (*self.out, *inner, *self.axes, *groups, *(atom for a in arranged for atom in a.atoms))
 
     def holds(self, layout: Mapping[str, str]) -> bool:
         """Say whether the conditions do not contradict the choices made so far."""
@@ -107,10 +128,49 @@ class Prefix:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """The numbers an integer hole counts through: on each side from its own start, ``count`` of them or up to ``stop``.
+
+    ``stop`` is given where both sides count alike.
+    """
+
+    hf: Size = ZERO
+    ms: Size = ZERO
+    stop: Size | None = None
+    count: Size | None = None
+
+    def start(self, side: SideName) -> Size:
+        """Return a side's first number."""
+        return self.hf if side == "hf" else self.ms
+
+    def numbers(self, side: SideName, sizes: Mapping[str, int]) -> range:
+        """Return a side's numbers; empty where a config has none; SizeError where a size has no value."""
+        first = self.start(side).value(sizes, zero=True)
+        if self.stop is not None:
+            return range(first, max(first, self.stop.value(sizes, zero=True)))
+        assert self.count is not None
+        return range(first, first + self.count.value(sizes, zero=True))
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Every expression of the span."""
+        return tuple(size for size in (self.hf, self.ms, self.stop, self.count) if size is not None)
+
+    @property
+    def shifted(self) -> bool:
+        """The sides count from different numbers."""
+        return self.hf.text != self.ms.text
+
+    def reverse(self) -> Span:
+        """Exchange the sides."""
+        return replace(self, hf=self.ms, ms=self.hf)
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """A property of a checkpoint that shapes do not show. ``choices``: (choice, the versions it belongs to).
 
-    ``told``: (field, choice): a field of config.json that, when it is true, says the choice.
+    ``told``: (field, choice): a field of config.json that, when it is true or a number above zero, says the choice.
     """
 
     ref: RuleRef
@@ -118,6 +178,24 @@ class Layout:
     choices: tuple[tuple[str, str], ...]
     default: str | None = None
     told: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """One stored tensor of a side that is many parameters of rules, one after another along its first axis.
+
+    ``item``: the full name of one of them, with the hole ``hole`` that ``stored`` lacks. ``flat``: the first axis of
+    the items is joined to it, so that a stack of matrices is a matrix.
+    """
+
+    ref: RuleRef
+    owner: SideName
+    stored: Template
+    item: Template
+    hole: str
+    flat: bool = False
+    when: When = ()
+    prefixed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +210,7 @@ class Tied:
     ms: Template | None
     to: Template
     owner: SideName = "hf"
-    when: tuple[tuple[str, str], ...] = ()
+    when: When = ()
 
     def side(self, name: SideName) -> Template | None:
         """Return one side."""
@@ -166,12 +244,13 @@ class Table:
     file: str
     model_types: tuple[str, ...] = ()
     sizes: tuple[tuple[str, Size], ...] = ()
-    holes: tuple[tuple[str, Size], ...] = ()
+    holes: tuple[tuple[str, Span], ...] = ()
     hf_prefix: Prefix = Prefix()
     ms_prefix: Prefix = Prefix()
     alike: bool = False
     layouts: tuple[Layout, ...] = ()
     rules: tuple[Rule, ...] = ()
+    stacks: tuple[Stack, ...] = ()
     tied: tuple[Tied, ...] = ()
     buffers: tuple[Buffer, ...] = ()
     identity: bool = False
@@ -180,13 +259,19 @@ class Table:
         """Return one side's prefix."""
         return self.hf_prefix if side == "hf" else self.ms_prefix
 
+    def span(self, hole: str) -> Span:
+        """Return what an integer hole counts through."""
+        return dict(self.holes)[hole]
+
     def reverse(self) -> Table:
         """Return the table with its sides exchanged; reversing twice gives the table back."""
         return replace(
             self,
             hf_prefix=self.ms_prefix,
             ms_prefix=self.hf_prefix,
+            holes=tuple((name, span.reverse()) for name, span in self.holes),
             rules=tuple(replace(rule, hf=rule.ms, ms=rule.hf) for rule in self.rules),
+            stacks=tuple(replace(s, owner=other_side(s.owner)) for s in self.stacks),
             tied=tuple(replace(t, hf=t.ms, ms=t.hf, owner=other_side(t.owner)) for t in self.tied),
             buffers=tuple(replace(b, hf=b.ms, ms=b.hf) for b in self.buffers),
         )
@@ -194,11 +279,11 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One kind of name on one side: a module, or a parameter, of one part of a rule. ``template`` has no prefix yet."""
+    """One kind of name on one side: a module, or a parameter, of one face of a rule. ``template`` has no prefix yet."""
 
     template: Template
     rule: Rule
-    part: int
+    face: int
     field: Field
 
     @property
@@ -209,15 +294,19 @@ class Slot:
 
 def slots(table: Table, side: SideName) -> tuple[Slot, ...]:
     """Return every module and parameter template of a side, in the table's order."""
+    return tuple(slot for rule in table.rules for slot in slots_of(rule, side))
+
+
+def slots_of(rule: Rule, side: SideName) -> list[Slot]:
+    """Return one rule's slots on a side."""
     out = []
-    for rule in table.rules:
-        face = rule.side(side)
-        for part, template in enumerate(face.templates):
-            if rule.kind == "param":
-                out.append(Slot(template, rule, part, "param"))
-                continue
-            out.append(Slot(template, rule, part, "module"))
-            out.append(Slot(template.between("", f".{face.weight}"), rule, part, "weight"))
-            if rule.bias != "no":
-                out.append(Slot(template.between("", ".bias"), rule, part, "bias"))
-    return tuple(out)
+    face = rule.side(side)
+    for k, module in enumerate(face.faces):
+        if rule.kind == "param":
+            out.append(Slot(module.template, rule, k, "param"))
+            continue
+        out.append(Slot(module.template, rule, k, "module"))
+        out.append(Slot(module.template.between("", f".{face.weight}"), rule, k, "weight"))
+        if rule.bias != "no":
+            out.append(Slot(module.template.between("", ".bias"), rule, k, "bias"))
+    return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ..axes import Expr, Join, Zeros, cut, join, zeros
@@ -61,6 +61,12 @@ def fuse_terms(parts: Mapping[int, Sequence[Term]], sizes: Sequence[int], *, gro
         ]
         out.append(Term(a, fuse_rows(rows, groups=groups), 0, sum(sizes)))
     return tuple(out)
+
+
+def rearrange_terms(terms: Sequence[Term], out: int, turn: Callable[[Expr], Expr]) -> tuple[Term, ...]:
+    """Reorder the rows of a module of ``out`` rows: each distinct ``a`` gives one term over all of them."""
+    distinct = dict.fromkeys(term.a for term in terms)
+    return tuple(Term(a, turn(place([term for term in terms if term.a == a], out)), 0, out) for a in distinct)
 
 
 def place(terms: Sequence[Term], height: int) -> Expr:

@@ -1,0 +1,233 @@
+"""Which of a table's variants a checkpoint follows, and what its names belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ..errors import MappingError, UsageError
+from ..names import Template
+from .rules import Buffer, Rule, SideName, Slot, Stack, Table, Tied, When, other_side, slots, slots_of
+
+Shape = tuple[int, ...]
+Owner = Slot | Stack | Tied | Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A name that fits a template: what it belongs to, and its prefix (None where the template takes none)."""
+
+    what: Owner
+    bindings: Mapping[str, int]
+    prefix: str | None
+
+    @property
+    def when(self) -> When:
+        """Layout choices that this reading implies."""
+        if isinstance(self.what, Slot):
+            return self.what.rule.when
+        return () if isinstance(self.what, Buffer) else self.what.when
+
+
+class Index:
+    """Every template of one side of a table, found by a name's first and last segment."""
+
+    def __init__(self, table: Table, side: SideName, prefixes: Iterable[str]) -> None:
+        self._buckets: dict[tuple[str, str], list[tuple[Template, Owner, str | None]]] = {}
+        prefixes = tuple(prefixes)
+        for slot in slots(table, side):
+            self._add(slot.template, slot, prefixes if slot.rule.prefixed else ())
+        for stack in table.stacks:
+            if stack.owner == side:
+                self._add(stack.stored, stack, prefixes if stack.prefixed else ())
+        for tied in table.tied:
+            self._add(tied.side(side), tied, ())
+        for buffer in table.buffers:
+            self._add(buffer.side(side), buffer, prefixes if buffer.prefixed else ())
+
+    def _add(self, template: Template | None, what: Owner, prefixes: tuple[str, ...]) -> None:
+        if template is None:
+            return
+        for prefix in prefixes or (None,):
+            full = template.between(prefix or "")
+            whole = len(full.pieces) == 1
+            first, dot, _ = full.head.partition(".")
+            _, last_dot, last = full.tail.rpartition(".")
+            key = (first if whole or dot else "", last if whole or last_dot else "")
+            self._buckets.setdefault(key, []).append((full, what, prefix))
+
+    def find(self, name: str) -> list[Hit]:
+        """Return every reading of a name."""
+        first, last = name.partition(".")[0], name.rpartition(".")[2]
+        hits = []
+        for key in ((first, last), (first, ""), ("", last), ("", "")):
+            for template, what, prefix in self._buckets.get(key, ()):
+                bindings = template.match(name)
+                if bindings is not None:
+                    hits.append(Hit(what, bindings, prefix))
+        return hits
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Which of a table's variants a checkpoint follows."""
+
+    hf_prefix: str
+    ms_prefix: str
+    layout: Mapping[str, str]
+
+    def prefix(self, side: SideName) -> str:
+        """Return one side's prefix."""
+        return self.hf_prefix if side == "hf" else self.ms_prefix
+
+    def name(self, slot: Slot, side: SideName, bindings: Mapping[str, int]) -> str:
+        """Return the full name of a slot's parameter or module."""
+        return (self.prefix(side) if slot.rule.prefixed else "") + slot.template.fill(bindings)
+
+    def holds(self, when: When) -> bool:
+        """Say whether conditions do not contradict the choices."""
+        return all(self.layout.get(key, choice) == choice for key, choice in when)
+
+
+@dataclass
+class _Evidence:
+    """What names say about layouts: ``implied``: choice by layout, with a name that says so; ``open``: what remains
+    possible for a layout where names leave several."""
+
+    implied: dict[str, dict[str, str]] = field(default_factory=dict)
+    open: dict[str, set[str]] = field(default_factory=dict)
+
+    def take(self, key: str, choices: set[str], name: str) -> None:
+        """Note the choices under which one name can be read."""
+        if "" in choices:  # some reading holds whatever the layout is
+            self.open.setdefault(key, choices)
+        elif len(choices) == 1:
+            self.implied.setdefault(key, {}).setdefault(next(iter(choices)), name)
+        else:
+            before = self.open.get(key, choices)
+            self.open[key] = choices if "" in before else before & choices or choices
+
+
+def resolve(
+    table: Table, names: Iterable[str] | Mapping[str, Shape], *, side: SideName, layout: Mapping[str, str]
+) -> Variant:
+    """Find the variant of a checkpoint from its names on ``side`` and the user's choices.
+
+    ``names``: with shapes, the number of axes tells stacks apart too. ``layout`` holds declared layouts and
+    ``hf_prefix``/``ms_prefix`` (``""`` or the table's text). A UsageError names an unknown or missing choice and lists
+    the choices; a MappingError a checkpoint that mixes two variants.
+    """
+    prefixes: dict[SideName, tuple[str, ...]] = {name: _prefixes(table, name, layout) for name in ("hf", "ms")}
+    given = _given(table, layout)
+    index = Index(table, side, prefixes[side])
+    shapes = names if isinstance(names, Mapping) else {}
+    beyond = _beyond(table, side)
+    seen: dict[str, str] = {}
+    evidence = _Evidence()
+    for name in names:
+        hits = [hit for hit in index.find(name) if all(given.get(key, c) == c for key, c in hit.when)]
+        hits = [hit for hit in hits if _rank_fits(hit, shapes.get(name))]
+        seen.update({hit.prefix: name for hit in hits if hit.prefix is not None})
+        for key in {key for hit in hits for key, _ in hit.when}:
+            evidence.take(key, {dict(hit.when).get(key, "") for hit in hits}, name)
+        for hit in hits:
+            for key, choices in beyond.get(_source(hit), {}).items():
+                evidence.take(key, {c for c in choices if given.get(key, c) == c}, name)
+    if len(seen) > 1:
+        raise MappingError(
+            f"the checkpoint mixes names with and without the prefix {table.prefix(side).text!r}", where=seen.values()
+        )
+    chosen = _choose(table, given, evidence)
+    theirs = prefixes[other_side(side)]
+    mine = next(iter(seen), prefixes[side][0])
+    found = {side: mine, other_side(side): mine if table.alike and mine in theirs else theirs[0]}
+    return Variant(found["hf"], found["ms"], chosen)
+
+
+def _source(hit: Hit) -> int:
+    """Name what a parameter belongs to; factors of adapters do not depend on how weights are stacked."""
+    if isinstance(hit.what, Slot):
+        return 0 if hit.what.field == "module" else id(hit.what.rule)
+    return id(hit.what)
+
+
+def _rank_fits(hit: Hit, shape: Shape | None) -> bool:
+    """Compare a stack's number of axes with a tensor's: that tells a stack of matrices from a flat one."""
+    if shape is None or not isinstance(hit.what, Stack):
+        return True
+    return hit.what.flat == (len(shape) == 2) or len(shape) == 1
+
+
+def _beyond(table: Table, side: SideName) -> dict[int, dict[str, set[str]]]:
+    """Return, by rule and stack of ``side``, the layouts that decide how the other side stacks, with their choices."""
+    found: dict[int, dict[str, set[str]]] = {}
+    for rule in table.rules if any(stack.when for stack in table.stacks) else ():
+        theirs = stacks_of(table, rule, other_side(side))
+        for what in (rule, *stacks_of(table, rule, side)):
+            for key, choice in (pair for stack in theirs for pair in stack.when):
+                found.setdefault(id(what), {}).setdefault(key, set()).add(choice)
+    return found
+
+
+def stacks_of(table: Table, rule: Rule, side: SideName) -> list[Stack]:
+    """Return the stacks that hold a rule's parameters on a side."""
+    items = [slot.template for slot in slots_of(rule, side) if slot.field != "module"]
+    return [s for s in table.stacks if s.owner == side and any(s.item.overlap(item) for item in items)]
+
+
+def layout_from_config(table: Table, config: Mapping[str, object]) -> dict[str, str]:
+    """Return the choices that a model's config.json makes."""
+    told = [(entry.name, *entry.told) for entry in table.layouts if entry.told is not None]
+    return {name: choice for name, field, choice in told if _is_set(config.get(field))}
+
+
+def _is_set(value: object) -> bool:
+    return value is True or (isinstance(value, int) and value > 0)
+
+
+def _prefixes(table: Table, side: SideName, layout: Mapping[str, str]) -> tuple[str, ...]:
+    answers = table.prefix(side).answers
+    wanted = layout.get(f"{side}_prefix")
+    if wanted is None:
+        return answers
+    if wanted not in answers:
+        raise UsageError(
+            f"{table.family} names have no {side} prefix {wanted!r}",
+            hint=f"--layout {side}_prefix= takes {' or '.join(repr(a) for a in answers)}",
+        )
+    return (wanted,)
+
+
+def _given(table: Table, layout: Mapping[str, str]) -> dict[str, str]:
+    known = {entry.name: dict(entry.choices) for entry in table.layouts}
+    given = {key: choice for key, choice in layout.items() if key not in ("hf_prefix", "ms_prefix")}
+    for key, choice in given.items():
+        if key not in known:
+            names = ", ".join([*known, "hf_prefix", "ms_prefix"])
+            raise UsageError(f"{table.family} has no layout {key!r}", hint=f"known are {names}")
+        if choice not in known[key]:
+            raise UsageError(f"layout {key} has no choice {choice!r}", hint=choices_text(table, key))
+    return given
+
+
+def choices_text(table: Table, key: str, among: Iterable[str] = ()) -> str:
+    """Spell a layout's choices as a hint; ``among``: only these."""
+    entry = next(entry for entry in table.layouts if entry.name == key)
+    listed = [row for row in entry.choices if row[0] in set(among)] or entry.choices
+    return "choose " + ", or ".join(f"--layout {key}={choice} ({versions})" for choice, versions in listed)
+
+
+def _choose(table: Table, given: Mapping[str, str], evidence: _Evidence) -> dict[str, str]:
+    chosen = dict(given)
+    for key, said in evidence.implied.items():
+        if len(said) > 1:
+            raise MappingError(f"the checkpoint mixes layouts of {key}", where=[f"{n}: {c}" for c, n in said.items()])
+        chosen.setdefault(key, next(iter(said)))
+    for key in sorted(set(evidence.open) - set(chosen)):
+        default = next(entry.default for entry in table.layouts if entry.name == key)
+        if default is None or not evidence.open[key] & {default, ""}:
+            raise UsageError(
+                f"the names do not tell which {key} is meant", hint=choices_text(table, key, evidence.open[key])
+            )
+        chosen[key] = default
+    return chosen
