@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from pickle import PickleBuffer
 from types import TracebackType
@@ -27,6 +28,7 @@ from .syscalls import (
     copy_range,
     exchange,
     lookup,
+    make_folder,
     refusals,
     remove_tree,
     rename_new,
@@ -85,7 +87,7 @@ class OutFile:
     ``path``: where it is staged. All methods raise StorageError when the operating system refuses.
     """
 
-    def __init__(self, path: Path, fd: int, inputs: _Inputs, done: Callable[[str, os.stat_result], None]) -> None:
+    def __init__(self, path: Path, fd: int, inputs: _Inputs, done: Callable[[os.stat_result], None]) -> None:
         self.path = path
         self._fd = fd
         self._inputs = inputs
@@ -135,7 +137,7 @@ class OutFile:
                 status = os.fstat(self._fd)
             finally:
                 self.discard()
-            self._done(self.path.name, status)
+            self._done(status)
 
     def discard(self) -> None:
         """Close without flushing: the file will not be published."""
@@ -229,20 +231,24 @@ class Staging:
     def create(self, name: str) -> OutFile:
         """Start a file: the target's own name or a companion's beside it, or any name inside a directory.
 
-        Raises OutputError when a companion exists and may not be replaced; ValueError when ``name`` is no plain
-        name or was created before.
+        Inside a directory ``folder/name`` is one too. Raises OutputError when a companion exists and may not be
+        replaced; ValueError when ``name`` is no plain name or was created before.
         """
         area = self._opened()
-        if name in ("", ".", "..") or "/" in name or "\0" in name or self._files.get(name) is not None:
+        parts = name.split("/")
+        plain = all(part not in ("", ".", "..") for part in parts) and len(parts) <= 1 + self._header.directory
+        if not plain or "\0" in name or self._files.get(name) is not None:
             raise ValueError(f"{name!r} is not a new plain file name")
         if not self._header.directory:
             self._refuse(name)
         path = self.path / area.out / name
         with refusals(path):
+            make_folder(self._out, name)
             if lookup(self._out, name) is not None:
                 calls.unlink(name, dir_fd=self._out)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            file = OutFile(path, calls.open(name, flags, 0o666, dir_fd=self._out), self._inputs, area.record)
+            done = partial(area.record, name)
+            file = OutFile(path, calls.open(name, flags, 0o666, dir_fd=self._out), self._inputs, done)
         self._files[name] = file
         return file
 
@@ -265,6 +271,9 @@ class Staging:
         self._inputs.close()
         with refusals(self.target):
             self._verify(area)
+            for folder in self._folders():
+                with area.opened(f"{area.out}/{folder}") as inner:
+                    sync(self._out if inner is None else inner)
             sync(self._out)
             sync(area.dir)
             _wait_for_turn(area.parent)
@@ -294,8 +303,15 @@ class Staging:
         if not ours:
             raise OutputError("another run has taken over the staging directory", where=str(self.path))
         for name in sorted(os.listdir(self._out)):
-            if name not in self._files:
+            if name not in self._files and name not in self._folders():
                 remove_tree(self._out, name)
+        for folder in self._folders():
+            for name in sorted(os.listdir(self.path / area.out / folder)):
+                if f"{folder}/{name}" not in self._files:
+                    remove_tree(self._out, f"{folder}/{name}")
+
+    def _folders(self) -> list[str]:
+        return sorted({name.partition("/")[0] for name in self._files if "/" in name})
 
     def _publish(self, area: Area) -> None:
         main = self.target.name

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import OutputError
-from .syscalls import DIRECTORY, calls, lookup, refusals, remove_tree, rename_new, sync, write_all
+from .syscalls import DIRECTORY, calls, lookup, make_folder, refusals, remove_tree, rename_new, sync, write_all
 
 OUT, ASIDE, JOURNAL, GONE = "out-", "aside", "journal", "gone-"
 LONGEST = 200
@@ -170,7 +170,8 @@ class Area:
                 self._rename(name, taken)
                 with self.opened(taken) as out:
                     for record in self.records.values():
-                        if out is not None and record.matches(lookup(out, record.file)):
+                        if out is not None and new is not None and record.matches(lookup(out, record.file)):
+                            make_folder(new, record.file)
                             calls.rename(record.file, record.file, src_dir_fd=out, dst_dir_fd=new)
         self._clear(keep=self.out)
         calls.ftruncate(self._journal, self._end)

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import InputError, StorageError
@@ -173,6 +173,14 @@ def exchange(source_dir: int, source: str, target_dir: int, target: str) -> bool
             raise
         return False
     return True
+
+
+def make_folder(directory: int, name: str | None) -> None:
+    """Make the folder that a name of the form ``folder/file`` lies in, if it has one and that is not there yet."""
+    folder, slash, _ = (name or "").rpartition("/")
+    if slash and lookup(directory, folder) is None:
+        with suppress(FileExistsError):
+            calls.mkdir(folder, 0o777, dir_fd=directory)
 
 
 def remove_tree(directory: int, name: str) -> None:

@@ -359,6 +359,39 @@ def test_a_dropped_companion_goes_with_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_files_in_folders_are_published_with_their_directory(tmp_path):
+    with staging(tmp_path / "out", directory=True) as area:
+        put(area, "rank_0/net", b"first")
+        put(area, "rank_1/net", b"second")
+        put(area, "config", b"third")
+        for name in ("a/b/c", "/net", "rank_0/..", "rank_0/", "../net"):
+            with pytest.raises(ValueError, match="not a new plain file name"):
+                area.create(name)
+        inside = next(area.path.glob("out-*"))
+        (inside / "rank_1" / "stray").write_bytes(b"")
+        (inside / "strays").mkdir()
+        area.commit()
+    found = {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {"out/rank_0/net": b"first", "out/rank_1/net": b"second", "out/config": b"third"}
+    assert not (tmp_path / "out" / "strays").exists()
+    with staging(tmp_path / "lone") as area, pytest.raises(ValueError, match="not a new plain file name"):
+        area.create("folder/lone")
+
+
+def test_a_resumed_run_keeps_finished_files_in_folders(tmp_path):
+    place = leave(tmp_path / "out", {"rank_0/a": b"first", "rank_1/a": b"second"})
+    inode = next(place.glob("out-*/rank_0/a")).stat().st_ino
+    with staging(tmp_path / "out", directory=True) as area:
+        assert area.finished("rank_0/a")
+        put(area, "rank_1/b", b"third")
+        area.commit()
+    assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").glob("*/*")) == [
+        "rank_0/a",
+        "rank_1/b",
+    ]
+    assert (tmp_path / "out" / "rank_0" / "a").stat().st_ino == inode
+
+
 @pytest.mark.parametrize("name", ["a b", "-rf", "é\N{SNOWMAN}", "\udcff", "x" * 255, ".hidden", "new\nline"])
 @pytest.mark.parametrize("directory", [False, True])
 def test_unusual_names_work(tmp_path, monkeypatch, name, directory):
