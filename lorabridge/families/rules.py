@@ -97,6 +97,10 @@ class Rule:
         """Return one side."""
         return self.hf if name == "hf" else self.ms
 
+    def fused(self, name: SideName) -> bool:
+        """Say whether a module of this side holds several parts."""
+        return any(len(face.parts) > 1 for face in self.side(name).faces)
+
     @property
     def sizes(self) -> tuple[Size, ...]:
         """Every expression of the rule."""
