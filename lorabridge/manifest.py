@@ -45,7 +45,8 @@ class Manifest:
     say; ``chosen``: what flags chose for the target.
     ``facts``: facts about the target file. ``plan``: digest of the forward plan. ``digests``: sha256 of each target
     tensor's bytes; ``residues``: what restores bits that a scaling rounded (see ``numerics``), per target tensor.
-    ``model_config``: the base model's config.json when the run needed it.
+    ``model_config``: the base model's config.json when the run needed it. A source without tensors stands for an
+    adapter that was computed: its ``file`` says from what, its ``dialect`` is the one to convert to by default.
     """
 
     version: str
@@ -80,6 +81,11 @@ class Manifest:
         if data and self.residues:
             out["residues"] = {name: base64.b64encode(raw).decode() for name, raw in self.residues.items()}
         return out
+
+    @property
+    def made(self) -> bool:
+        """The file was computed (extracted, combined), not converted: there is no source to go back to."""
+        return not self.source.specs
 
     def describes(self, specs: Mapping[str, TensorSpec]) -> bool:
         """Say whether a file's tensors are those that the conversion wrote."""

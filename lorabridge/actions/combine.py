@@ -17,13 +17,14 @@ from ..dialects.peft_config import changes_base
 from ..dialects.peft_write import of_part
 from ..errors import InputError, MappingError, UsageError
 from ..joined import Joined, prefixed
+from ..merging.identity import BASE_KEY, base_mark
 from ..names import natural_key
 from ..spool import Spool
 from ..tensors import Source
 from .choices import dtype_named
 from .combine_methods import METHODS, Maker, Part
 from .combine_report import CombinedRow, CombineReport
-from .publish import adapter_target, check_free, pack, publish
+from .publish import Origin, adapter_target, check_free, pack, publish
 from .sides import Route, Side, bits_of, open_side
 
 Progress = Callable[[int, int], None]
@@ -87,9 +88,12 @@ def combine(
         stack.callback(spool.close)
         inputs = {f"in{i}": side.source for i, side in enumerate(sides)}
         work = _Work(options, Joined(inputs), spool)
+        options = _told(sides, options)
         adapter, rows, warnings = work.run(_ready(sides, options, goal.dialect.framework), progress)
         joined = Joined({**inputs, spool.key: spool})
-        package = pack(adapter, joined, goal, dtype=dtype_named(options.dtype) if options.dtype else None)
+        origin, apart = _origin(sides, options)
+        warnings = (*warnings, *apart)
+        package = pack(adapter, joined, goal, origin, dtype=dtype_named(options.dtype) if options.dtype else None)
         if not options.dry_run:
             content = hashlib.sha256(f"{spool.digest} {options!r}".encode()).hexdigest()
             publish(package, joined, goal, content=content, progress=progress)
@@ -124,6 +128,54 @@ def _check_options(options: CombineOptions, count: int) -> None:
         )
 
 
+def _told(sides: Sequence[Side], options: CombineOptions) -> CombineOptions:
+    """Take the table that the adapters' manifests name where none is named and they agree."""
+    known = [side.kept.options for side in sides if side.kept is not None and "family" in side.kept.options]
+    families = {said["family"] for said in known}
+    if options.family is not None or len(families) != 1:
+        return options
+    layout = {k.removeprefix("layout."): v for said in known for k, v in said.items() if k.startswith("layout.")}
+    return replace(options, family=families.pop(), layout={**layout, **options.layout})
+
+
+def _check_names(sides: Sequence[Side], options: CombineOptions) -> None:
+    """Refuse adapters of two frameworks that have no module's name in common, where no table is named."""
+    first = sides[0]
+    own = {module.path for module in first.adapter.modules}
+    strange = [
+        side for side in sides[1:]
+        if side.dialect.framework != first.dialect.framework
+        and not own & {module.path for module in side.adapter.modules}
+    ]  # fmt: skip
+    if strange and options.family is None:
+        raise UsageError(
+            "the adapters have the names of two frameworks",
+            where=[f"{side.path}: {side.adapter.modules[0].path}" for side in (first, *strange)],
+            hint="name the table between them with --family; `lorabridge tables list` shows the known ones",
+        )
+
+
+def _origin(sides: Sequence[Side], options: CombineOptions) -> tuple[Origin, tuple[str, ...]]:
+    """Say what the adapter was made from, and for which base where the inputs agree; also return warnings."""
+    found = [(side, base_mark(side.source.metadata, where=side.path)) for side in sides]
+    known = [(side, mark) for side, mark in found if mark is not None]
+    weights: dict[str, str] = {}
+    apart: dict[str, None] = {}
+    for side, mark in known:
+        if mark.side != known[0][1].side or any(weights.get(name, one) != one for name, one in mark.weights.items()):
+            apart[side.path] = None
+        weights |= mark.weights
+    words = f"combined ({options.method}) from {', '.join(side.given.path.name for side in sides)}"
+    config = next((side.given.model_config for side in sides if side.given.model_config), None)
+    origin = Origin(words, options.family, options.layout, config)
+    if apart:
+        said = f"the adapters were made for different bases: {known[0][0].path}, {', '.join(apart)}; none is recorded"
+        return origin, (said,)
+    if known:
+        origin = replace(origin, marks={BASE_KEY: replace(known[0][1], weights=weights).as_text()})
+    return origin, ()
+
+
 def _ready(sides: Sequence[Side], options: CombineOptions, framework: Framework) -> list[Adapter]:
     """Return the adapters in the target's names, selected, each over the joined sources."""
     config = next((side.given.model_config for side in sides if side.given.model_config), None)
@@ -131,6 +183,7 @@ def _ready(sides: Sequence[Side], options: CombineOptions, framework: Framework)
     bare = [side.path for side in sides if not side.adapter.modules]
     if bare:
         raise InputError("an input carries no LoRA factors", where=bare, hint="name adapters only")
+    _check_names(sides, options)
     _refuse(sides)
     adapters = _selected([side.adapter for side in sides], options)
     carried = [route.carry(a, s.dialect.framework, framework) for a, s in zip(adapters, sides, strict=True)]

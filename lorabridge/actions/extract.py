@@ -20,13 +20,14 @@ from ..conversion.repository import framework_of
 from ..dialects.adapter import Adapter, Extra, Facts, LoraModule, Scaling, Term
 from ..errors import InputError, UsageError
 from ..joined import Joined, prefixed
+from ..merging.identity import BASE_KEY, BaseMark, weight_mark
 from ..names import natural_key
 from ..spool import Spool
 from ..tensors import Source
 from .choices import dtype_named
 from .extract_changes import Changed, Changes, Pair, find_changes
 from .extract_report import ExtractedRow, ExtractReport
-from .publish import Target, adapter_target, check_free, pack, publish
+from .publish import Origin, Target, adapter_target, check_free, pack, publish
 from .sides import Route, Rows, Side, open_side
 
 Progress = Callable[[int, int], None]
@@ -91,7 +92,7 @@ def extract(
         made = work.run()
         joined = Joined({"tuned": pair.tuned_source, spool.key: spool})
         adapter = _adapter(changes, made, sides[0], pair.tuned_source)
-        package = pack(adapter, joined, goal)
+        package = pack(adapter, joined, goal, _origin(changes, sides, pair, options))
         if not options.dry_run:
             content = hashlib.sha256(f"{spool.digest} {options!r}".encode()).hexdigest()
             publish(package, joined, goal, content=content)
@@ -220,6 +221,16 @@ def _difference(one: Changed, pair: Pair) -> tuple[svd.Blocks, tuple[int, int]]:
         return read, shape
     kept = list(read())
     return (lambda: iter(kept)), shape
+
+
+def _origin(changes: Changes, sides: list[Side], pair: Pair, options: ExtractOptions) -> Origin:
+    """Say what the adapter was made from, and which base it is for."""
+    base, tuned = (side.given.path.name for side in sides)
+    side = "hf" if pair.framework == "torch" else "ms"
+    weights = {one.name: weight_mark(one.base, pair.base_source) for one in changes.matrices}
+    mark = BaseMark(side, base, weights)
+    words = f"extracted from {tuned} and {base}"
+    return Origin(words, options.family, options.layout, pair.config, {BASE_KEY: mark.as_text()})
 
 
 def _adapter(changes: Changes, made: tuple[LoraModule, ...], base: Side, tuned: Source) -> Adapter:

@@ -136,7 +136,7 @@ def _describe(
         candidates=guess.candidates,
         families=(),
         config_from=given.config_from,
-        origin=f"{kept.source.file} ({kept.source.dialect}, {kept.source.format})" if kept else "",
+        origin=_origin(kept) if kept else "",
         nbytes=sum(spec.nbytes for spec in specs.values()),
         dtypes=_dtypes(specs),
         tensors=tuple(_tensor(spec) for spec in specs.values()),
@@ -212,6 +212,11 @@ def _extra(extra: Extra) -> TensorRow:
 
 def _tensor(spec: TensorSpec) -> TensorRow:
     return TensorRow(spec.name, spec.dtype.name, spec.shape)
+
+
+def _origin(kept: Manifest) -> str:
+    source = kept.source
+    return source.file if kept.made else f"{source.file} ({source.dialect}, {source.format})"
 
 
 def _dtypes(specs: Mapping[str, TensorSpec]) -> tuple[tuple[str, int, int], ...]:

@@ -6,16 +6,17 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import formats, manifest
+from .. import __version__, formats, manifest
 from ..arithmetic import numerics
 from ..axes import cast, reads
 from ..conversion import execute, plan
 from ..conversion.forward import dialect_named
 from ..conversion.repository import ADAPTER_CONFIG, Output, framework_of, plan_output
-from ..dialects.adapter import Adapter, Dialect, Facts, LoraModule, Value
+from ..dialects import CONFIGURED
+from ..dialects.adapter import Adapter, Dialect, Facts, Json, LoraModule, Written
 from ..dtypes import DType
 from ..errors import OutputError, UsageError
 from ..files.fsio import Staging, require_space
@@ -36,10 +37,26 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What an adapter was computed from, in words, and what names its modules have.
+
+    ``family``, ``layout``, ``model_config``: of the table that leads to the other framework's names, where one was
+    named. ``marks``: what the container is to say that travels with it.
+    """
+
+    words: str
+    family: str | None = None
+    layout: Mapping[str, str] = field(default_factory=dict)
+    model_config: Json | None = None
+    marks: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Package:
-    """An adapter that is ready to be written: its plan, the files beside it, its modules and notes."""
+    """An adapter that is ready to be written: its plan, metadata, the files beside it, its modules and notes."""
 
     plan: plan.Plan
+    metadata: Mapping[str, str]
     companions: Mapping[str, str]
     modules: tuple[LoraModule, ...]
     notes: tuple[str, ...]
@@ -72,9 +89,9 @@ def adapter_target(
     if goal.name in ("hf", "ms"):
         raise UsageError("the output is an adapter", where=f"--to {goal.name}", hint="choose an adapter dialect")
     output = plan_output(target, framework=goal.framework, adapter=True)
-    if goal.name == "peft" and not output.directory:
+    if goal.name in CONFIGURED and not output.directory:
         raise UsageError(
-            "a peft adapter is a directory: its rank and alpha stand in adapter_config.json",
+            f"a {goal.name} adapter is a directory: its rank and alpha stand in adapter_config.json",
             where=str(target),
             hint="name a directory, for example one that ends in a slash, or choose another dialect with --to",
         )
@@ -95,8 +112,12 @@ def check_free(target: Target) -> None:
         raise OutputError("the output exists already", where=taken, hint="choose another name or pass --overwrite")
 
 
-def pack(adapter: Adapter, source: Source, target: Target, *, dtype: DType | None = None) -> Package:
+def pack(
+    adapter: Adapter, source: Source, target: Target, origin: Origin, *, dtype: DType | None = None
+) -> Package:  # fmt: skip
     """Spell an adapter over ``source`` in the target's dialect; ``dtype`` casts floating-point tensors, once.
+
+    The package has a manifest, so that ``convert`` of the result needs no flags that were given here.
 
     Tensors of ``source`` that the adapter does not read are no concern of the package: who computed it accounts for
     them. MappingError for what the dialect cannot express.
@@ -107,26 +128,34 @@ def pack(adapter: Adapter, source: Source, target: Target, *, dtype: DType | Non
     used = {name for _, expr in outputs for name in reads(expr)}
     specs = {name: spec for name, spec in source.specs.items() if name in used}
     companions = {}
-    if written.config is not None and target.dialect.name == "peft":
+    if written.config is not None and target.dialect.name in CONFIGURED:
         companions[ADAPTER_CONFIG] = json.dumps(dict(written.config), indent=2, sort_keys=True)
-    if written.facts.entries:
-        companions[_facts_name(target.output)] = _facts_text(written.facts)
-    return Package(plan.build(specs, outputs), companions, tuple(written.modules), tuple(written.notes))
+    planned = plan.build(specs, outputs)
+    record = manifest.dumps(_manifest(planned, written, target, origin))
+    framework = target.dialect.framework
+    metadata = {"format": "ms" if framework == "mindspore" else "pt", **origin.marks}
+    if target.output.directory:
+        companions["lorabridge.json"] = record
+    elif target.output.format == "safetensors":
+        metadata[manifest.METADATA_KEY] = record
+    else:
+        companions[manifest.sidecar(target.output.target).name] = record
+    return Package(planned, metadata, companions, tuple(written.modules), tuple(written.notes))
 
 
-def _facts_name(output: Output) -> str:
-    return "lorabridge.json" if output.directory else manifest.sidecar(output.target).name
-
-
-def _facts_text(facts: Facts) -> str:
-    """Spell what the file cannot say as a sidecar that every command reads."""
-    every: dict[str, Value] = {}
-    modules: dict[str, dict[str, Value]] = {}
-    for entry in facts.entries:
-        place = every if entry.pattern == "*" else modules.setdefault(entry.pattern, {})
-        place.setdefault(entry.field, entry.value)
-    document = {"schema": manifest.FACTS_SCHEMA, **every, **({"modules": modules} if modules else {})}
-    return json.dumps(document, indent=1, sort_keys=True) + "\n"
+def _manifest(planned: plan.Plan, written: Written, target: Target, origin: Origin) -> manifest.Manifest:
+    """Describe an adapter that was computed."""
+    other = "loralib-ms" if target.dialect.framework == "torch" else "peft"
+    options = {f"layout.{key}": value for key, value in origin.layout.items()}
+    if origin.family is not None:
+        options["family"] = origin.family
+    side = manifest.Side(
+        target.output.format, target.dialect.name, target.output.file, planned.specs, {}, written.config
+    )
+    return manifest.Manifest(
+        __version__, manifest.Side("", other, origin.words, ()), side, options, Facts(), Facts(), written.facts,
+        planned.digest, model_config=origin.model_config,
+    )  # fmt: skip
 
 
 def publish(
@@ -149,7 +178,7 @@ def publish(
         )
         execute.run(
             package.plan, source, sink, kernels=lambda name: numerics.kernels(name, notes, {}),
-            metadata={"format": "ms" if framework == "mindspore" else "pt"},
+            metadata=package.metadata,
             workers=target.workers or workers(), progress=progress,
         )  # fmt: skip
         for name, text in package.companions.items():
@@ -172,6 +201,6 @@ def _identity(package: Package, source: Source, content: str) -> str:
     for path in sorted({extent.path for name in names for extent in source.extents(name)}):
         status = path.stat()
         digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
-    for name, text in sorted(package.companions.items()):
+    for name, text in sorted({**package.metadata, **package.companions}.items()):
         digest.update(f"{name} {text}".encode())
     return digest.hexdigest()

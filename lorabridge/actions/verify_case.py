@@ -60,7 +60,10 @@ def decide(source: Opened, target: Opened, base: Opened | None, options: VerifyO
         warnings += [
             f"{one.role}'s manifest describes a conversion from {one.kept.source.file}, which is not {other.role}"
             for one, other in ((source, target), (target, source))
-            if one.kept is not None and source.is_adapter == target.is_adapter and one.dialect != other.dialect
+            if one.kept is not None
+            and not one.kept.made
+            and source.is_adapter == target.is_adapter
+            and one.dialect != other.dialect
         ]
     relation: Relation = "conversion" if kept is not None else "adapters"
     if kept is None and not (source.is_adapter and target.is_adapter):
@@ -89,6 +92,6 @@ def _named_otherwise(first: Opened, second: Opened, base: Opened | None, relatio
 
 def _came_from(made: Opened, origin: Opened) -> bool:
     """Say whether a file's manifest describes a conversion of the other file."""
-    if made.kept is None:
+    if made.kept is None or made.kept.made:
         return False
     return {spec.name: spec for spec in made.kept.source.specs} == dict(origin.source.specs)

@@ -41,6 +41,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
     exact: bool
     residual_base: bool
     onto_merged: bool
+    any_base: bool
     undo: Path | None
 
 
@@ -54,7 +55,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
         groups={
             "From and to": ("adapter_dialect", "target_dialect", "family", "config", "layout", "mappings", "key_file"),
             "What the adapter does not say": tuple(FACTS),
-            "Numbers": ("weights", "exact", "residual_base", "onto_merged"),
+            "Numbers": ("weights", "exact", "residual_base", "onto_merged", "any_base"),
             "Writing": ("undo", "max_shard_size", "crc", "workers", "dry_run", "overwrite"),
             "Output": ("json", "quiet", "verbose", "no_progress"),
         },
@@ -88,6 +89,8 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
 @click.option("--residual-base", is_flag=True,
               help="BASE is the one that PiSSA, OLoRA, LoftQ ... left when training began.")  # fmt: skip
 @click.option("--onto-merged", is_flag=True, help="Merge another adapter into a model that was merged before.")
+@click.option("--any-base", is_flag=True,
+              help="Go on where the adapter records another base: the result may be worth nothing.")  # fmt: skip
 @click.option("--undo", metavar="FILE", type=click.Path(path_type=Path),
               help="Write what rounding loses, so that `lorabridge unmerge` gives BASE's bits back.")  # fmt: skip
 @click.option("--max-shard-size", metavar="SIZE", type=Size(), help="Split OUT: 5GB ...; by default as BASE is split.")
@@ -132,7 +135,7 @@ def _options(given: Given) -> MergeOptions:
         adapter_dialect=given["adapter_dialect"], target_dialect=given["target_dialect"], family=given["family"],
         config=given["config"], layout=pairs(given["layout"], "--layout"), mappings=given["mappings"],
         facts=stated(given), weights=read_weights(given["weights"]), exact=given["exact"],
-        residual_base=given["residual_base"], onto_merged=given["onto_merged"],
+        residual_base=given["residual_base"], onto_merged=given["onto_merged"], any_base=given["any_base"],
         max_shard_size=given["max_shard_size"], crc=given["crc"], workers=given["workers"],
         dry_run=given["dry_run"], overwrite=given["overwrite"],
     )  # fmt: skip

@@ -15,7 +15,16 @@ from ._options import fact_options, mappings_option, output_options, progress_op
 from ._progress import Progress
 from ._terminal import Output, width
 from ._values import FACTS
-from .unmerge import NAMES, WRITING, Given, names_options, options_of, show_guesses, writing_options
+from .unmerge import (
+    NAMES,
+    WRITING,
+    Given,
+    any_adapter_option,
+    names_options,
+    options_of,
+    show_guesses,
+    writing_options,
+)
 
 if TYPE_CHECKING:
     from ..actions.switch import SwitchReport
@@ -28,7 +37,17 @@ if TYPE_CHECKING:
             "OUT": "A file, whose suffix decides the container (.safetensors, .bin/.pt, .ckpt), or a directory.",
         },
         groups={
-            "Adapters": ("old", "new", "undo", "undo_out", "weights", "exact", "residual_base"),
+            "Adapters": (
+                "old",
+                "new",
+                "undo",
+                "undo_out",
+                "weights",
+                "exact",
+                "residual_base",
+                "any_adapter",
+                "any_base",
+            ),
             "Names": NAMES,
             "What the adapters do not say": tuple(FACTS),
             "Writing": WRITING,
@@ -56,6 +75,9 @@ if TYPE_CHECKING:
 @click.option("--exact", is_flag=True, help="Compute deltas to 48 bits for bfloat16 too; other types get them anyway.")
 @click.option("--residual-base", is_flag=True,
               help="The base is the one that PiSSA, OLoRA, LoftQ ... left when B's training began.")  # fmt: skip
+@any_adapter_option
+@click.option("--any-base", is_flag=True,
+              help="Go on where B records another base: the result may be worth nothing.")  # fmt: skip
 @names_options("--dialect", "--names")
 @mappings_option
 @fact_options
@@ -65,7 +87,8 @@ if TYPE_CHECKING:
 @progress_option
 def switch(
     merged_model: Path, target: str, old: tuple[Path, ...], new: tuple[Path, ...], undo: Path | None,
-    undo_out: Path | None, weights: str | None, exact: bool, residual_base: bool, **given: Unpack[Given],
+    undo_out: Path | None, weights: str | None, exact: bool, residual_base: bool,
+    any_adapter: bool, any_base: bool, **given: Unpack[Given],
 ) -> None:  # fmt: skip
     """Put adapter B in the place of the merged adapter A, in one pass.
 
@@ -75,7 +98,9 @@ def switch(
     out = Output("switch", given["json"], given["quiet"], given["verbose"])
     if undo_out is not None and undo is None:
         raise click.UsageError("--undo-out needs --undo: without the exact base there is nothing to come back to")
-    options = replace(options_of(given, weights, exact=exact), residual_base=residual_base)
+    options = replace(
+        options_of(given, weights, exact=exact), residual_base=residual_base, any_adapter=any_adapter, any_base=any_base
+    )
     from ..actions.switch import switch as run
 
     with Progress("switching", enabled=not (given["no_progress"] or given["quiet"])) as progress:

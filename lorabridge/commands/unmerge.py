@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, Unpack
 
@@ -67,6 +68,12 @@ def names_options(dialect: str, side: str) -> Callable[[F], F]:
     return add
 
 
+def any_adapter_option(command: F) -> F:
+    """Add --any-adapter."""
+    said = "Go on where the model records another adapter: the result may be worth nothing."
+    return click.option("--any-adapter", is_flag=True, help=said)(command)
+
+
 def writing_options(command: F) -> F:
     """Add how the model is written."""
     command = click.option("--crc", is_flag=True, help="Write MindSpore's CRC trailer into a .ckpt.")(command)
@@ -81,7 +88,7 @@ def writing_options(command: F) -> F:
             "OUT": "A file, whose suffix decides the container (.safetensors, .bin/.pt, .ckpt), or a directory.",
         },
         groups={
-            "What was merged": ("adapters", "undo", "weights", "exact"),
+            "What was merged": ("adapters", "undo", "weights", "exact", "leave", "any_adapter"),
             "From and to": NAMES,
             "What the adapter does not say": tuple(FACTS),
             "Writing": WRITING,
@@ -102,6 +109,9 @@ def writing_options(command: F) -> F:
               help="What `merge --undo FILE` wrote; without it the result is only near to the base.")  # fmt: skip
 @click.option("--weights", metavar="W,W...", help="What each adapter's deltas were multiplied by; FILE knows it.")
 @click.option("--exact", is_flag=True, help="The merge was told --exact; FILE knows it.")
+@click.option("--leave", metavar="GLOB", multiple=True,
+              help="Parameters that stay as merged where nothing says what they were. May be repeated.")  # fmt: skip
+@any_adapter_option
 @names_options("--from", "--to")
 @mappings_option
 @fact_options
@@ -111,7 +121,7 @@ def writing_options(command: F) -> F:
 @progress_option
 def unmerge(
     merged_model: Path, target: str, adapters: tuple[Path, ...], undo: Path | None, weights: str | None, exact: bool,
-    **given: Unpack[Given],
+    leave: tuple[str, ...], any_adapter: bool, **given: Unpack[Given],
 ) -> None:  # fmt: skip
     """Take an adapter out of a merged model again.
 
@@ -121,7 +131,9 @@ def unmerge(
     out = Output("unmerge", given["json"], given["quiet"], given["verbose"])
     if undo is not None and (weights is not None or exact):
         raise click.UsageError("--weights and --exact are what --undo knows")
-    options = options_of(given, weights, exact=exact)
+    if undo is not None and leave:
+        raise click.UsageError("--leave is for what cannot be computed back; --undo restores everything")
+    options = replace(options_of(given, weights, exact=exact), leave=leave, any_adapter=any_adapter)
     from ..actions.unmerge import unmerge as run
 
     with Progress("unmerging", enabled=not (given["no_progress"] or given["quiet"])) as progress:
