@@ -39,12 +39,12 @@ class Store:
     def random(self, name: str, shape: Iterable[int]) -> axes.Expr:
         expr = self.read(name, shape)
         values = np.random.default_rng(len(self.bits)).normal(size=expr.shape)
-        self.bits[name] = values.view("<u8")
+        self.bits[name] = np.asarray(values).view("<u8")
         return expr
 
     def value(self, expr: axes.Expr) -> np.ndarray:
         """Evaluate to float64."""
-        return np.ascontiguousarray(axes.evaluate(expr, self.bits.__getitem__, {})).view("<f8")
+        return np.ascontiguousarray(axes.evaluate(expr, self.bits.__getitem__, {})).view("<f8").reshape(expr.shape)
 
 
 @pytest.fixture

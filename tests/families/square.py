@@ -96,7 +96,7 @@ def square(
 
     def converted(model: Mapping[str, np.ndarray], label: str) -> Model:
         for name, values in model.items():
-            store.bits[f"{label}{name}"] = np.ascontiguousarray(values).view("<u8")
+            store.bits[f"{label}{name}"] = np.ascontiguousarray(values).view("<u8").reshape(values.shape)
         extras = [
             Extra(*n.rpartition(".")[::2], axes.Read(f"{label}{n}", F64, v.shape), "base") for n, v in model.items()
         ]
