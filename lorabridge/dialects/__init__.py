@@ -13,11 +13,17 @@ from .adapter import Content, Dialect
 from .loralib import Loralib
 from .loralib_ms import LoralibMs
 from .mindformers import Mcore, Pynative
+from .mindnlp import Mindnlp
 from .mindpet import TK, Mindpet
 from .peft import Peft
 from .slora import Slora
 
-DIALECTS: tuple[Dialect, ...] = (Peft(), Loralib(), LoralibMs(), Mindpet(), TK, Mcore(), Pynative(), Slora())
+DIALECTS: tuple[Dialect, ...] = (
+    Peft(), Loralib(), LoralibMs(), Mindpet(), TK, Mcore(), Pynative(), Slora(), Mindnlp(), Mindnlp("mindnlp-0.2"),
+)  # fmt: skip
+
+CONFIGURED = frozenset({"peft", "mindnlp", "mindnlp-0.2"})
+"""Dialects whose files mean nothing without the adapter_config.json that lies beside them in a directory."""
 
 
 def by_name(name: str) -> Dialect:

@@ -27,9 +27,12 @@ class Peft:
     framework: Literal["torch", "mindspore"] = "torch"
 
     def detect(self, content: Content) -> str | None:
-        """Claim a file by the names of its factors, else by the ``peft_type`` of the config beside it."""
+        """Claim a file by the names of its factors, else by the ``peft_type`` of the config beside it.
+
+        MindSpore files with peft's names are those of the dialects mindnlp and pynative.
+        """
         factor = next((name for name in content.specs if is_factor(name)), None)
-        if factor is not None and (factor.startswith("base_model.") or not in_mindspore(content)):
+        if factor is not None and not in_mindspore(content):
             return f"tensor {factor} is spelled as peft does"
         if content.config and content.config.get("peft_type"):
             return f"adapter_config.json says peft_type {content.config['peft_type']}"

@@ -48,6 +48,9 @@ TRAINING_ONLY = {
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 
+HEADS = {task: ("classifier", "score") for task in ("SEQ_CLS", "TOKEN_CLS")}
+"""Modules that peft saves whole for a task whatever modules_to_save says; older versions did not list them there."""
+
 Number = int | float
 _T = TypeVar("_T")
 
@@ -112,7 +115,7 @@ def read_settings(config: Json | None, where: str) -> Settings:
         lora_bias=_flag(config, "lora_bias", issues),
         bias=_bias(config, issues),
         fan_in_fan_out=_flag(config, "fan_in_fan_out", issues),
-        modules_to_save=_names(config, "modules_to_save", issues),
+        modules_to_save=(*_names(config, "modules_to_save", issues), *HEADS.get(str(config.get("task_type")), ())),
         tokens=_tokens(config.get("trainable_token_indices"), issues),
         rank_keys=KeyTable(ranks),
         alpha_keys=KeyTable(alphas),
