@@ -1,7 +1,7 @@
 """Add deltas to stored weights: the exact weight plus the delta, rounded once to the weight's type.
 
-Sums are formed in float64, where weights of every type are exact, and rounded to nearest, ties to even. All steps work
-on blocks that stay in the cache.
+Sums are formed in float64, where weights of every type are exact, and rounded to nearest, ties to even; bfloat16 has
+a way of its own there (``lorabridge.arithmetic.narrow``). All steps work on blocks that stay in the cache.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ..dtypes import DType
-from .deltas import Delta, Indices, Matrix
-from .floats import Bits, arithmetic, encode, rounded, values
+from .deltas import Delta, Matrix
+from .floats import Bits, arithmetic, values
+from .narrow import ROOM, Adjust, Narrowing, Room, squares, widened
 
-BLOCK = 1 << 17
-"""Elements per block: one float64 buffer of them is a MiB."""
-NEAR = 32
-"""How near float32 may come to the middle between two bfloat16 numbers, in its own last places, 65536 to a step."""
+BLOCK = 1 << 18
+"""Elements per block: they stay in the last cache, and are so many that threads seldom wait for the interpreter."""
 TYPES = ("bfloat16", "float16", "float32", "float64")
 """What weights may be stored as; narrower types come with scales that a sum would not know."""
 
 Floats = npt.NDArray[np.floating[npt.NBitBase]]
-Adjust = Callable[[Matrix, int, int], Matrix]
 Seen = Callable[[int, Bits, Bits, Matrix | None], None]
 """Called with a block's first row, the weight's bits, the merged bits, and the delta where just a delta was added."""
 
@@ -77,84 +75,73 @@ def added(
     rows, columns = weight.shape
     out: Bits = np.empty(weight.shape, weight.dtype)
     step = max(1, min(BLOCK // max(1, columns), rows))
-    room = _Room(step * columns)
-    dense = adjust is not None or any(delta.dense for delta in deltas)
-    rough = [delta for delta in deltas if delta.rest and adjust is None]
-    small = sum(delta.error for delta in rough) * 2.0**24 / NEAR  # below, an error is more than NEAR last places
-    total = Change()
+    spans = [(low, min(low + step, rows)) for low in range(0, rows, step)]
+    room = ROOM
+    room.fit(step * columns)
     with np.errstate(all="ignore"):
-        for low in range(0, rows, step):
-            high = min(low + step, rows)
+        if dtype.name == "bfloat16":
+            return out, _narrow(weight, out, deltas, spans, start, adjust, seen, room)
+        total = Change()
+        for low, high in spans:
             given, into = weight[low:high], out[low:high]
-            sums = _delta(deltas, start + low, start + high, room)
-            reached = given.size if dense else int(np.count_nonzero(sums))
+            sums, reached = _sum(deltas, start + low, start + high, room, adjust)
             delta = float(np.vdot(sums, sums))
             alone = sums + 0.0 if seen is not None and adjust is None else None
-            numbers = room.weight(given, dtype)
+            numbers: Floats = given.view(arithmetic(dtype))
+            numbers = numbers.astype(np.float32) if dtype.name == "float16" else numbers
             np.add(sums, numbers, out=sums)
             _fix_zeros(sums, given, dtype)
             if adjust is not None:
                 sums = adjust(sums, start + low, start + high)
                 moved = sums - numbers
                 delta = float(np.vdot(moved, moved))
-            finer = Finer(tuple(rough), start + low, small)
-            total = total.plus(_rounded(sums, given, into, dtype, room, numbers, reached, delta, finer))
+            total = total.plus(_rounded(sums, given, into, dtype, numbers, reached, delta))
             if seen is not None:
                 seen(start + low, given, into, alone)
     return out, total
 
 
-class _Room:
-    """Buffers of one call, so that blocks allocate little."""
+def _narrow(
+    weight: Bits, out: Bits, deltas: Sequence[Delta], spans: Sequence[tuple[int, int]], start: int,
+    adjust: Adjust | None, seen: Seen | None, room: Room,
+) -> Change:  # fmt: skip
+    """Add to bfloat16 weights."""
+    work = Narrowing(weight, out, deltas if adjust is None else (), start, room)
+    reached = 0
+    for low, high in spans:
+        given = weight[low:high]
+        sums, count = _sum(deltas, start + low, start + high, room, adjust)
+        reached += count
+        if adjust is None:
+            work.add(low, high, sums)
+        else:
+            numbers = widened(given, room.wide[: given.size].reshape(given.shape))
+            work.weight += squares(numbers)
+            sums += numbers
+            sums = adjust(sums, start + low, start + high)
+            moved = (sums - numbers).reshape(-1)
+            work.delta += float(np.vdot(moved, moved))
+            work.put(low, high, sums)
+        if seen is not None:
+            work.settle(high)
+            seen(start + low, given, out[low:high], None if adjust is not None else np.add(sums, 0.0, out=sums))
+    work.settle(len(weight))
+    vanished = max(0, reached - work.changed)
+    return Change(
+        weight.size, reached, work.changed, vanished, work.error, work.weight, work.delta, work.broken, work.odd
+    )
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.sums = np.empty(size)
-        self.singles = np.empty(size, np.float32)
-        self.wide = np.empty(size, np.uint32)
-        self.words = np.empty(size, np.uint32)
-        self._second = np.empty(0)
 
-    def second(self, size: int) -> Matrix:
-        """Return another float64 buffer, made when it is first needed."""
-        if not self._second.size:
-            self._second = np.empty(self.size)
-        return self._second[:size]
-
-    def weight(self, given: Bits, dtype: DType) -> Floats:
-        """Return the numbers of a block in a type that holds them exactly."""
-        if dtype.name == "bfloat16":  # the upper half of a float32
-            wide = self.wide[: given.size].reshape(given.shape)
-            np.left_shift(given, 16, out=wide, dtype=np.uint32)
-            return wide.view(np.float32)
-        typed: Floats = given.view(arithmetic(dtype))
-        return typed.astype(np.float32) if dtype.name == "float16" else typed
-
-
-def _delta(deltas: Sequence[Delta], start: int, stop: int, room: _Room) -> Matrix:
+def _sum(
+    deltas: Sequence[Delta], start: int, stop: int, room: Room, adjust: Adjust | None
+) -> tuple[Matrix, int]:  # fmt: skip
+    """Return rows of the sum of deltas, and how many of their elements are not zero."""
     size = (stop - start) * deltas[0].shape[1]
     sums = deltas[0].rows(start, stop, room.sums[:size].reshape(stop - start, -1))
     for delta in deltas[1:]:
-        sums += delta.rows(start, stop, room.second(size).reshape(stop - start, -1))
-    return sums
-
-
-@dataclass(frozen=True, slots=True)
-class Finer:
-    """Add the deltas' residues to single sums of the block that begins with row ``start``; ``small`` sums need it."""
-
-    deltas: tuple[Delta, ...]
-    start: int
-    small: float
-
-    def add(self, sums: Matrix, places: Indices) -> Matrix:
-        """Return sums, given by their places in the flat block, with the residues."""
-        if not self.deltas:
-            return sums
-        rows, columns = np.divmod(places, self.deltas[0].shape[1])
-        for delta in self.deltas:
-            sums = sums + delta.residue(rows + self.start, columns)
-        return sums
+        sums += delta.rows(start, stop)
+    dense = adjust is not None or any(delta.dense for delta in deltas)
+    return sums, size if dense else int(np.count_nonzero(sums))
 
 
 def _fix_zeros(sums: Matrix, given: Bits, dtype: DType) -> None:
@@ -165,11 +152,13 @@ def _fix_zeros(sums: Matrix, given: Bits, dtype: DType) -> None:
 
 
 def _rounded(
-    sums: Matrix, given: Bits, into: Bits, dtype: DType, room: _Room, numbers: Floats, reached: int, delta: float,
-    finer: Finer,
+    sums: Matrix, given: Bits, into: Bits, dtype: DType, numbers: Floats, reached: int, delta: float
 ) -> Change:  # fmt: skip
-    """Round one block into place and measure it."""
-    error = (_to_bfloat16 if dtype.name == "bfloat16" else _to_direct)(sums, into, dtype, room, finer)
+    """Round one block into place, by the library's own conversion, which is one rounding, and measure it."""
+    typed = into.view(arithmetic(dtype))
+    np.copyto(typed, sums, casting="same_kind")
+    np.subtract(sums, typed, out=sums)
+    error = float(max(sums.max(initial=0.0), -sums.min(initial=0.0)))
     weight, broken, odd = float(np.vdot(numbers, numbers)), 0, 0
     if not np.isfinite(error):
         finite = np.isfinite(numbers)
@@ -180,37 +169,3 @@ def _rounded(
         weight, delta, error = float(np.sum(numbers[finite].astype(np.float64) ** 2)), 0.0, 0.0
     changed = int(np.count_nonzero(given != into))
     return Change(given.size, reached, changed, max(0, reached - changed), error, weight, delta, broken, odd)
-
-
-def _to_direct(sums: Matrix, into: Bits, dtype: DType, room: _Room, finer: Finer) -> float:
-    """Round by the library's own conversion, which is one rounding from float64; return the largest error."""
-    typed = into.view(arithmetic(dtype))
-    np.copyto(typed, sums, casting="same_kind")
-    np.subtract(sums, typed, out=sums)
-    return float(max(sums.max(initial=0.0), -sums.min(initial=0.0)))
-
-
-def _to_bfloat16(sums: Matrix, into: Bits, dtype: DType, room: _Room, finer: Finer) -> float:
-    """Round through float32: its upper half after adding half a place. Return the largest error.
-
-    Where float32 lies between two bfloat16 numbers, or nearly so, and where little is left of what was added, the sum
-    is formed with the deltas' residues and rounded from float64: nothing is rounded twice, and few sums need residues.
-    """
-    singles = room.singles[: sums.size].reshape(sums.shape)
-    words = room.words[: sums.size].reshape(sums.shape)
-    np.copyto(singles, sums, casting="same_kind")
-    np.add(singles.view(np.uint32), np.uint32(0x8000 + NEAR), out=words)
-    np.left_shift(words, 16, out=words)
-    close = words <= np.uint32((2 * NEAR) << 16)
-    if finer.small > 0.0:
-        np.bitwise_and(singles.view(np.uint32), np.uint32(0x7FFFFFFF), out=words)
-        close |= words.view(np.float32) < np.float32(finer.small)
-    hard = np.flatnonzero(close)
-    np.add(singles.view(np.uint32), np.uint32(0x8000), out=words)
-    np.right_shift(words, 16, out=into, casting="unsafe")
-    if hard.size:
-        exact = finer.add(sums.reshape(-1)[hard], hard)
-        into.reshape(-1)[hard] = encode(rounded(exact, dtype), dtype)
-    np.bitwise_and(words, np.uint32(0xFFFF0000), out=words)
-    np.subtract(singles, words.view(np.float32), out=singles)
-    return float(max(singles.max(initial=0.0), -singles.min(initial=0.0)))

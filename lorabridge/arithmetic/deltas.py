@@ -8,6 +8,8 @@ sums are cut into slices of 32 ranks, added in a fixed order. With ``exact`` the
 24 further bits and their products with the factors are added too. The idea is that of error-free matrix products
 (Ozaki, Ogita, Oishi and Rump 2012); all other steps are single IEEE operations on elements.
 
+Where rounding to a narrow type leaves no doubt, the residues need not be known: :attr:`Delta.doubt` bounds them.
+
 Three laws follow, and tests hold them: rows computed alone equal the same rows of the whole; the transposed update is
 the transpose of the update; and factors that were stacked under one module (ranks whose rows of ``b`` do not meet)
 give the bits that each of them gives alone.
@@ -17,19 +19,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 Matrix = npt.NDArray[np.float64]
-Floats = npt.NDArray[np.float64] | npt.NDArray[np.float32]
 Indices = npt.NDArray[np.intp]
 
 DIGITS = 24
 """Bits of the fixed-point factors."""
 SLICE = 32
 """Ranks whose products are added exactly: 32 * 2**24 * 2**24 = 2**53."""
+_GATHERED = 1 << 13
+"""Single elements that are computed at a time."""
+_ABOVE = 1 + 2.0**-20
+"""A factor that makes up for the rounding of a bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +50,31 @@ class Factors:
 class _Part:
     """One exact product: ``left @ right`` on an interval of rows and of columns."""
 
-    left: Floats
-    right: Floats
+    left: Matrix
+    right: Matrix
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """What a part lacks: ``left[0] @ right[1].T + left[1] @ right[0].T``, where 0 are its factors and 1 their residues.
+
+    ``left``: each ``[rows, rank]``, ``right``: each ``[columns, rank]``.
+    """
+
+    left: tuple[Matrix, Matrix]
+    right: tuple[Matrix, Matrix]
     rows: tuple[int, int]
     columns: tuple[int, int]
 
     def at(self, rows: Indices, columns: Indices) -> Matrix:
-        """Return single elements to float32's precision; ranks are added in one order, halves onto halves."""
+        """Return single elements; ranks are added in one order, halves onto halves."""
         inside = (rows >= self.rows[0]) & (rows < self.rows[1])
         inside &= (columns >= self.columns[0]) & (columns < self.columns[1])
-        terms = self.left[rows[inside] - self.rows[0]]
-        terms *= self.right.T[columns[inside] - self.columns[0]]
+        i, j = rows[inside] - self.rows[0], columns[inside] - self.columns[0]
+        terms = self.left[0][i] * self.right[1][j]
+        terms += self.left[1][i] * self.right[0][j]
         n = terms.shape[1]
         while n > 1:
             half = n // 2
@@ -71,14 +90,17 @@ class Delta:
     """``scaling * sum(b @ a)`` of a shape, made ready: any rows of it can be computed, from any thread.
 
     Made by :func:`prepare`. ``shape``: of the result, after the transposition if there is one. ``dense``: no row and no
-    column is zero by construction. ``rest``: the products that ``exact`` would add.
+    column is zero by construction. ``rest``: the products that ``exact`` would add. No element is larger than
+    ``bound``, and ``exact`` would change none by more than ``doubt``; both are NaN or infinite where factors are.
     """
 
     shape: tuple[int, int]
     parts: tuple[_Part, ...]
     scaling: float
     dense: bool
-    rest: tuple[_Part, ...] = ()
+    rest: tuple[_Rest, ...] = ()
+    bound: float = math.nan
+    doubt: float = math.nan
 
     @property
     def nbytes(self) -> int:
@@ -114,19 +136,11 @@ class Delta:
     def residue(self, rows: Indices, columns: Indices) -> Matrix:
         """Return what ``exact`` would add to single elements, given by their row and column numbers."""
         out = np.zeros(rows.shape)
-        for part in self.rest:
-            out += part.at(rows, columns)
+        for low in range(0, rows.size, _GATHERED):
+            part = slice(low, low + _GATHERED)
+            for rest in self.rest:
+                out[part] += rest.at(rows[part], columns[part])
         return out * self.scaling
-
-    @property
-    def error(self) -> float:
-        """What an element is usually off by for want of residues: the root mean square over the matrix, about."""
-        total = 0.0
-        for part in self.rest:
-            left = float(np.mean(np.max(np.abs(part.left), axis=1) ** 2))
-            right = float(np.mean(np.max(np.abs(part.right), axis=0) ** 2))
-            total += left * right * part.left.shape[1] / 2
-        return abs(self.scaling) * math.sqrt(total) * 2.0**-DIGITS / 3
 
     def columns(self, start: int, stop: int) -> Matrix:
         """Return columns [start, stop) of all rows: the same bits as :meth:`rows` gives for them."""
@@ -162,13 +176,30 @@ def prepare(
         pairs += [(b, a, term.start) for b, a in _separate(term.b, term.a)]
     folded = scaling if abs(math.frexp(scaling)[0]) == 0.5 else 1.0
     found = [_products(b, a, start, folded, transposed) for b, a, start in pairs]
-    parts, rest = [p for high, _ in found for p in high], [p for _, low in found for p in low]
+    parts, rest = [p for high, _, _ in found for p in high], [p for _, low, _ in found for p in low]
     if exact:
-        parts, rest = [p for high, low in found for p in (*high, *low)], []
-    rest = [replace(p, left=p.left.astype("f4"), right=np.asfortranarray(p.right, "f4")) for p in rest]
+        parts, rest = [p for high, low, _ in found for p in (*high, *map(_joined, low))], []
     shape = (columns, height) if transposed else (height, columns)
     dense = bool(parts) and scaling != 0.0 and _dense(parts, shape)
-    return Delta(shape, tuple(parts), scaling / folded, dense, tuple(rest))
+    size = abs(scaling / folded) * _ABOVE
+    bound, doubt = (sum(x[i] for _, _, x in found) * size for i in (0, 1))
+    return Delta(shape, tuple(parts), scaling / folded, dense, tuple(rest), bound, 0.0 if exact else doubt)
+
+
+def _joined(rest: _Rest) -> _Part:
+    """Return a rest as one product: residues have at most 23 bits, so twice as many products add up exactly."""
+    (left, fine), (right, small) = rest.left, rest.right
+    return _Part(np.hstack([left, fine]), np.ascontiguousarray(np.hstack([small, right]).T), rest.rows, rest.columns)
+
+
+def _longest(x: Matrix) -> float:
+    """Return the largest Euclidean norm of a column, or somewhat more."""
+    top = float(np.max(np.abs(x), initial=0.0))
+    if top == 0.0 or not math.isfinite(top):
+        return top
+    scaled = x * (1.0 / top) if top > 2.0**-1000 else np.ones(x.shape)
+    np.multiply(scaled, scaled, out=scaled)
+    return top * math.sqrt(float(np.max(np.add.reduce(scaled, axis=0)))) * _ABOVE
 
 
 def _dense(parts: Sequence[_Part], shape: tuple[int, int]) -> bool:
@@ -227,35 +258,49 @@ def _separate(b: Matrix, a: Matrix) -> list[tuple[Matrix, Matrix]]:
 
 def _products(
     b: Matrix, a: Matrix, start: int, scaling: float, transposed: bool
-) -> tuple[list[_Part], list[_Part]]:  # fmt: skip
-    """Return the exact products of the high parts, and those of high parts with residues, whose sum is ``b @ a``."""
+) -> tuple[list[_Part], list[_Rest], tuple[float, float]]:  # fmt: skip
+    """Return the exact products of the high parts, and those of high parts with residues, whose sum is ``b @ a``.
+
+    The numbers bound the elements of the former and of the latter.
+    """
     rows = np.flatnonzero((b != 0.0).any(axis=1))
     if not rows.size or not b.shape[1]:
-        return [], []
+        return [], [], (0.0, 0.0)
     low, high = int(rows[0]), int(rows[-1]) + 1
-    b, where, columns = b[low:high], (start + low, start + high), (0, a.shape[1])
-    b0, b1 = _fixed(b, 1)
-    a0, a1 = _fixed(a, 0)
-
-    def part(x: Matrix, y: Matrix) -> _Part:
-        x = x * scaling
+    where, columns = (start + low, start + high), (0, a.shape[1])
+    b0, b1 = _fixed(np.ascontiguousarray(b[low:high].T), scaling)
+    a0, a1 = _fixed(a, 1.0)
+    main, rest = [], []
+    lacking = bool(b1.any() or a1.any())
+    for k in range(0, a.shape[0], SLICE):
+        x0, x1, y0, y1 = (np.ascontiguousarray(x[k : k + SLICE].T) for x in (b0, b1, a0, a1))
         if transposed:
-            return _Part(np.ascontiguousarray(y.T), np.ascontiguousarray(x.T), columns, where)
-        return _Part(np.ascontiguousarray(x), np.ascontiguousarray(y), where, columns)
+            main.append(_Part(y0, b0[k : k + SLICE], columns, where))
+        else:
+            main.append(_Part(x0, a0[k : k + SLICE], where, columns))
+        if lacking:
+            rest.append(
+                _Rest((y0, y1), (x0, x1), columns, where) if transposed else _Rest((x0, x1), (y0, y1), where, columns)
+            )
+    largest = _longest(b0), _longest(a0)
+    return main, rest, (largest[0] * largest[1], largest[0] * _longest(a1) + _longest(b1) * largest[1])
 
-    slices = [slice(k, min(k + SLICE, a.shape[0])) for k in range(0, a.shape[0], SLICE)]
-    main = [part(b0[:, s], a0[s]) for s in slices]
-    if not (b1.any() or a1.any()):
-        return main, []
-    # a residue has at most 23 bits, so twice as many products still add up exactly
-    rest = [part(np.hstack([b0[:, s], b1[:, s]]), np.vstack([a1[s], a0[s]])) for s in slices]
-    return main, rest
 
-
-def _fixed(x: Matrix, axis: int) -> tuple[Matrix, Matrix]:
-    """Round to 24-bit fixed point along an axis, and what is left to 24 further bits."""
+def _fixed(x: Matrix, scaling: float) -> tuple[Matrix, Matrix]:
+    """Round columns to 24-bit fixed point, and what is left to 24 further bits; ``scaling``: a power of two."""
     with np.errstate(all="ignore"):
-        _, exponent = np.frexp(np.max(np.abs(x), axis=axis, keepdims=True, initial=0.0))
-        high = np.ldexp(np.rint(np.ldexp(x, DIGITS - exponent)), exponent - DIGITS)
-        low = np.ldexp(np.rint(np.ldexp(x - high, 2 * DIGITS - exponent)), exponent - 2 * DIGITS)
+        top = np.maximum(np.max(x, axis=0, initial=0.0), -np.min(x, axis=0, initial=0.0))
+        _, exponent = np.frexp(top)
+        if np.abs(exponent).max(initial=0) > 900 or not 2.0**-99 < abs(scaling) < 2.0**99:  # far powers of two
+            high = np.ldexp(np.rint(np.ldexp(x, DIGITS - exponent)), exponent - DIGITS)
+            low = np.ldexp(np.rint(np.ldexp(x - high, 2 * DIGITS - exponent)), exponent - 2 * DIGITS)
+            return high * scaling, low * scaling
+        unit = np.ldexp(1.0, exponent - DIGITS)
+        low = x * (1.0 / unit)
+        high = np.rint(low)
+        low -= high
+        low *= 2.0**DIGITS
+        np.rint(low, out=low)
+        low *= unit * (scaling * 2.0**-DIGITS)
+        high *= unit * scaling
     return high, low

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 
@@ -10,12 +9,13 @@ import numpy as np
 
 from ..arithmetic import addition
 from ..arithmetic.addition import Change, added
-from ..arithmetic.deltas import Delta, Factors, Matrix, prepare
+from ..arithmetic.deltas import Delta, Matrix
 from ..arithmetic.floats import Bits, values
-from ..arithmetic.recipe import Recipe, Update, recipe_of
+from ..arithmetic.recipe import Recipe, recipe_of
 from ..axes import Compute, Kernel
 from ..conversion.blocks import copy_tiled
 from ..dtypes import DType
+from .prepared import Prepared, deltas_of
 
 Seen = Callable[[str, DType, tuple[int, int], int, Bits, Bits, Matrix | None], None]
 """Called with a base parameter, its type, its matrix's shape, and a block: first row, bits before, bits after, delta.
@@ -23,9 +23,6 @@ Seen = Callable[[str, DType, tuple[int, int], int, Bits, Bits, Matrix | None], N
 From any thread, in any order. The delta is what :func:`lorabridge.arithmetic.deltas.delta_rows` gives, summed over
 the adapters, or None where the sum was normalised (DoRA).
 """
-
-READY = 4
-"""How many weights' deltas stay prepared; blocks of one weight follow each other."""
 
 
 class Merger:
@@ -39,8 +36,7 @@ class Merger:
     def __init__(self, seen: Seen | None = None) -> None:
         self._seen = seen
         self._lock = Lock()
-        self._making = Lock()
-        self._ready: OrderedDict[tuple[object, ...], tuple[Delta, ...]] = OrderedDict()
+        self._ready = Prepared()
         self._changes: dict[str, Change] = {}
 
     @property
@@ -56,11 +52,11 @@ class Merger:
     def _merge(self, node: Compute, args: list[Bits]) -> Bits:
         recipe, first = recipe_of(node)
         weight = _contiguous(args[0])
-        operands = [values(bits, arg.dtype) for bits, arg in zip(args[1:], node.args[1:], strict=True)]
-        deltas = self._deltas(recipe, node, operands)
+        deltas = self._deltas(recipe, node, args)
         adjust = None
         if recipe.updates[-1].magnitude:
-            adjust = _dora(recipe, operands[-1].reshape(-1), deltas, weight, node)
+            magnitude = values(args[-1], node.args[-1].dtype).reshape(-1)
+            adjust = _dora(recipe, magnitude, deltas, weight, node)
         bits, change = added(weight, node.dtype, deltas, start=first, adjust=adjust, seen=self._watch(recipe, node))
         with self._lock:
             self._changes[recipe.name] = self._changes.get(recipe.name, Change()).plus(change)
@@ -76,17 +72,12 @@ class Merger:
 
         return note
 
-    def _deltas(self, recipe: Recipe, node: Compute, operands: Sequence[Matrix]) -> tuple[Delta, ...]:
-        key = (recipe, node.args[1:])
-        with self._making:
-            found = self._ready.get(key)
-            if found is None:
-                found = tuple(_prepared(recipe, operands, node))
-                self._ready[key] = found
-                while len(self._ready) > READY:
-                    self._ready.popitem(last=False)
-            self._ready.move_to_end(key)
-        return found
+    def _deltas(self, recipe: Recipe, node: Compute, args: Sequence[Bits]) -> tuple[Delta, ...]:
+        def made() -> tuple[Delta, ...]:
+            operands = [values(bits, arg.dtype) for bits, arg in zip(args[1:], node.args[1:], strict=True)]
+            return deltas_of(recipe, node.shape[1], operands)
+
+        return self._ready.get((recipe, node.args[1:]), made)
 
 
 def _contiguous(bits: Bits) -> Bits:
@@ -95,24 +86,6 @@ def _contiguous(bits: Bits) -> Bits:
     out = np.empty(bits.shape, bits.dtype)
     copy_tiled(out, bits)
     return out
-
-
-def _prepared(recipe: Recipe, operands: Sequence[Matrix], node: Compute) -> list[Delta]:
-    height = node.shape[1] if recipe.transposed else recipe.rows
-    found, at = [], 0
-    for update in recipe.updates:
-        terms = _terms(update, operands[at : at + update.operands])
-        at += update.operands
-        found.append(prepare(terms, height, update.scaling, exact=recipe.exact, transposed=recipe.transposed))
-    return found
-
-
-def _terms(update: Update, operands: Sequence[Matrix]) -> list[Factors]:
-    if update.vector:
-        one = np.ones((1, 1))
-        return [Factors(b.reshape(-1, 1), one, start) for b, start in zip(operands, update.starts, strict=False)]
-    pairs = zip(operands[0::2], operands[1::2], update.starts, strict=False)
-    return [Factors(b, a, start) for a, b, start in pairs]
 
 
 def _dora(

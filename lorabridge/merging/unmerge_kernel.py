@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from threading import Lock
 
 import numpy as np
 
 from ..arithmetic import recipe as recipes
-from ..arithmetic.deltas import Delta, Factors, Matrix, prepare
+from ..arithmetic.deltas import Delta, Matrix
 from ..arithmetic.floats import Bits, values
 from ..arithmetic.numerics import Notes
 from ..arithmetic.numerics import kernels as numeric_kernels
-from ..arithmetic.recipe import Recipe, Update, recipe_of
+from ..arithmetic.recipe import Recipe, recipe_of
 from ..arithmetic.residue import pieces, predict
 from ..axes import Compute, Expr, Join, Kernel, evaluate, join
 from ..dtypes import DType
 from ..tensors import Source
+from .prepared import Prepared, deltas_of
 from .undo import Checksum, Mode, Recorder, UndoFile, block_rows
 
 KERNEL = "unmerge"
@@ -34,7 +34,6 @@ RESTORE = "restore"
 """A node inside that of a merge: all its updates are taken away."""
 KEPT = "kept"
 """A block that the undo file holds itself."""
-READY = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,45 +56,6 @@ class Guess:
             self.elements + other.elements, self.blurred + other.blurred, self.wrong + other.wrong,
             max(self.largest, other.largest),
         )  # fmt: skip
-
-
-class Prepared:
-    """Deltas made ready, the last few of them; any thread may ask."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._ready: OrderedDict[Hashable, tuple[Delta, ...]] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], tuple[Delta, ...]]) -> tuple[Delta, ...]:
-        """Return what was made for a key, or make it."""
-        with self._lock:
-            if key not in self._ready:
-                self._ready[key] = make()
-                while len(self._ready) > READY:
-                    self._ready.popitem(last=False)
-            self._ready.move_to_end(key)
-            return self._ready[key]
-
-
-def deltas_of(recipe: Recipe, columns: int, operands: Sequence[Matrix]) -> tuple[Delta, ...]:
-    """Return the delta of each update, as merging makes it (``merging.kernel``); ``columns``: of the matrix."""
-    height = columns if recipe.transposed else recipe.rows
-    found, at = [], 0
-    for update in recipe.updates:
-        mine = operands[at : at + update.operands]
-        at += update.operands
-        terms = list(_terms(update, mine))
-        found.append(prepare(terms, height, update.scaling, exact=recipe.exact, transposed=recipe.transposed))
-    return tuple(found)
-
-
-def _terms(update: Update, operands: Sequence[Matrix]) -> Iterator[Factors]:
-    if update.vector:
-        one = np.ones((1, 1))
-        yield from (Factors(b.reshape(-1, 1), one, start) for b, start in zip(operands, update.starts, strict=False))
-    else:
-        pairs = zip(operands[0::2], operands[1::2], update.starts, strict=False)
-        yield from (Factors(b, a, start) for a, b, start in pairs)
 
 
 def summed(deltas: Sequence[Delta], start: int, stop: int) -> Matrix:
