@@ -103,6 +103,7 @@ CASES = [
     Case("llama", "LlamaForCausalLM", LLAMA, {
         "llama.1.3.2.off": {"qkv_concat": "off"}, "llama.1.3.2.contiguous": {"qkv_concat": "contiguous"},
         "llama.2.1.0.off": {"qkv_concat": "off"}, "llama.2.1.0.grouped": {"qkv_concat": "grouped"}}),
+    Case("llama_meta", "llama_meta.hf", dumps={"llama.1.3.2.off": {}, "llama.2.1.0.off": {}}),
     Case("llama", "internlm.hf", dumps={"internlm.1.3.2": {"qkv_concat": "off"}}),
     Case("baichuan2", "baichuan2.hf", dumps={
         "baichuan2.1.3.2.7b": {"qkv_concat": "off"}, "baichuan2.1.3.2.13b": {"qkv_concat": "off"},
@@ -119,7 +120,9 @@ CASES = [
     Case("telechat", "telechat_7b.hf", dumps={"telechat.1.4.0-beta1.7b": {}},
          fixed={"hf_prefix": "", "head": "tied"}),
     Case("telechat", "telechat_12b.hf", dumps={"telechat.1.4.0-beta1.12b": {}}),
-    Case("telechat", "telechat2.hf", dumps={"telechat.1.5.0.telechat2": {}}),
+    Case("telechat", "telechat2.hf", dumps={
+        "telechat.1.5.0.telechat2": {}, "telechat.1.5.0.telechat2_concat": {"qkv_concat": "contiguous"}}),
+    Case("telechat2_mcore", "telechat2_wide.hf", dumps={"telechat2_mcore.2.1.0.predict": {}}),
     Case("qwen2_mcore", "Qwen2ForCausalLM", CORE, {"qwen2_mcore.2.1.0.predict": {}}),
     Case("qwen3_mcore", "Qwen3ForCausalLM", WIDE, {
         "qwen3_mcore.2.1.0.graph": TRAIN, "qwen3_mcore.2.1.0.graph_tied": TRAIN | {"head": "tied"},
