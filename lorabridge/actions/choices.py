@@ -9,10 +9,11 @@ from typing import cast
 
 from .. import dialects
 from ..arithmetic.numerics import POLICIES
+from ..conversion import read_facts
 from ..conversion.forward import Settings, dialect_named
 from ..conversion.repository import Framework, Input, Output, framework_of, plan_output
 from ..conversion.selection import Selection
-from ..dialects.adapter import Dialect, Fact, Facts
+from ..dialects.adapter import OWN_ALPHA, Dialect, Fact, Facts
 from ..dialects.mindformers_config import states_alpha
 from ..dtypes import ALIASES, BY_NAME, DType
 from ..errors import InputError, MappingError, OutputError, UsageError
@@ -92,9 +93,10 @@ def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
     facts = options.facts.then(given.stated).then(kept.facts if kept else Facts())
     if options.adapter_only:
         facts = facts.then(Facts((Fact("*", "merged", False),)))  # the base stays behind: its state does not matter
-    own = kept is not None or states_alpha(given.adapter_config)
-    chosen = tuple(f for f in options.facts.entries if own or f.field not in ("alpha", "rank"))
+    facts = read_facts.completed(facts, given.source)
     origin = source_dialect(given, kept, facts, options.source_dialect)
+    own = kept is not None or states_alpha(given.adapter_config) or origin.name in OWN_ALPHA
+    chosen = tuple(f for f in options.facts.entries if own or f.field not in ("alpha", "rank"))
     goal = _target_dialect(origin, kept, target, options)
     family = options.family or (kept.options.get("family") if kept and origin.framework != goal.framework else None)
     output = plan_output(target, framework=goal.framework, adapter=goal.name not in ("hf", "ms"), dialect=goal.name)

@@ -17,7 +17,7 @@ from ..conversion import execute, plan, wayback
 from ..conversion.forward import Forward, forward, options_text
 from ..conversion.repository import ADAPTER_CONFIG, MODEL_CONFIG, Input, files_of, open_input
 from ..dialects import CONFIGURED
-from ..dialects.adapter import DIRECTORY, TITLE, Json, LoraModule
+from ..dialects.adapter import CARRIED, DIRECTORY, TITLE, Json, LoraModule
 from ..dialects.mindformers_config import config_files
 from ..distributed.assembled import Assembled
 from ..errors import MappingError, OutputError
@@ -99,7 +99,7 @@ def _returns(options: ConvertOptions, choice: Choice, kept: manifest.Manifest) -
     asks = (options.dtype, options.include, options.exclude, options.layers, options.compress, options.adapter_only,
             options.facts.entries, options.config)  # fmt: skip
     same_names = choice.family in (None, kept.options.get("family", "identity"))
-    return choice.goal.name == kept.source.dialect and same_names and not any(asks)
+    return not kept.made and choice.goal.name == kept.source.dialect and same_names and not any(asks)
 
 
 def _return_job(given: Input, choice: Choice, kept: manifest.Manifest, back: wayback.WayBack) -> Job:
@@ -150,7 +150,7 @@ def _forward_job(given: Input, choice: Choice, options: ConvertOptions) -> Job:
     return Job(
         choice=choice,
         plan=planned,
-        metadata=_container_metadata(choice, record),
+        metadata={**made.metadata, **_container_metadata(choice, record)},
         config=made.config,
         manifest=record,
         residues={},
@@ -311,7 +311,7 @@ def _placed(text: str, target: Path) -> str:
 
 def _left_out(job: Job) -> tuple[tuple[str, str], ...]:
     unselected = set(job.unselected)
-    return tuple(row for row in job.plan.unused if row[0] not in unselected)
+    return tuple(row for row in job.plan.unused if row[0] not in unselected and row[1] != CARRIED)
 
 
 def _encryption_notes(given: Input, options: ConvertOptions) -> tuple[str, ...]:

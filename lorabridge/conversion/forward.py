@@ -65,6 +65,7 @@ class Forward:
     ties: tuple[tuple[str, str], ...] = ()
     modules: tuple[LoraModule, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def forward(content: Content, source: Dialect, target: Dialect, settings: Settings) -> Forward:
@@ -101,7 +102,7 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
     _check_all_used(content, outputs, dropped, unselected)
     return Forward(
         mapped, outputs, written.config, written.facts, tuple(dropped), unselected, tuple(written.notes), ties,
-        tuple(written.modules), written.files,
+        tuple(written.modules), written.files, written.metadata,
     )  # fmt: skip
 
 

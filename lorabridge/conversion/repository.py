@@ -14,13 +14,15 @@ from ..dialects.mindformers_config import pet_section
 from ..distributed.assembled import Assembled
 from ..errors import InputError, UsageError
 from ..tensors import Source
-from . import pet_configs, single_device
+from . import pet_configs, read_facts, single_device
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
 ADAPTER_STEM = "adapter_model"
+STEMS = {"diffusers": "pytorch_lora_weights", "mindone": "pytorch_lora_weights"}
+"""Dialects whose loaders look for another file in a directory."""
 MAX_CONFIG_BYTES = 16 << 20
-SAFETENSORS_DIALECTS = ("pynative",)
+SAFETENSORS_DIALECTS = ("pynative", "mindone")
 """MindSpore dialects whose loader looks for safetensors in a directory."""
 Framework = Literal["torch", "mindspore"]
 
@@ -44,10 +46,11 @@ class Input:
     companions: tuple[Path, ...]
 
     def content(self, facts: Facts | None = None) -> Content:
-        """Return what dialects read; the container's name is added to the metadata as "container"."""
+        """Return what dialects read: the container's name among the metadata, and what is read beside the headers."""
         metadata = {k: v for k, v in self.source.metadata.items() if k != manifest.METADATA_KEY}
         metadata["container"] = self.source.format
-        return Content(self.source.specs, metadata, self.adapter_config, facts or Facts(), str(self.path))
+        known = read_facts.completed(facts or Facts(), self.source)
+        return Content(self.source.specs, metadata, self.adapter_config, known, str(self.path))
 
 
 def open_input(
@@ -113,7 +116,8 @@ def weights_path(path: Path) -> Path:
         return path
     if (path / pet_configs.SERVED).is_file() and not (path / ADAPTER_CONFIG).is_file():
         path = pet_configs.served_adapter(path, read_json(path / pet_configs.SERVED))
-    held = [p for p in sorted(path.glob(f"{ADAPTER_STEM}.*")) if p.is_file() and not p.name.endswith(".json")]
+    stems = (ADAPTER_STEM, *dict.fromkeys(STEMS.values()))
+    held = [p for stem in stems for p in sorted(path.glob(f"{stem}.*")) if p.is_file() and p.suffix != ".json"]
     if len(held) > 1:
         raise InputError(
             "the directory holds several adapter files", where=[str(p) for p in held], hint="name the file you mean"
@@ -201,7 +205,7 @@ def plan_output(target: Path | str, *, framework: Framework, adapter: bool, dial
     if "\0" in text:
         raise UsageError("a path cannot hold a zero byte", where=repr(text), hint="choose another name")
     if _is_directory(target):
-        stem = ADAPTER_STEM if adapter else "model"
+        stem = STEMS.get(dialect, ADAPTER_STEM) if adapter else "model"
         safe = framework == "torch" or dialect in SAFETENSORS_DIALECTS
         suffix, format_name = (".safetensors", "safetensors") if safe else (".ckpt", "mindspore")
         return Output(path, True, stem + suffix, format_name)

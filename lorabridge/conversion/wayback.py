@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..arithmetic import numerics
+from ..arithmetic import numerics, products
 from ..axes import Compute, Expr, Read, children, evaluate, reads
-from ..dialects.adapter import Content, Facts, Json
+from ..dialects.adapter import Content, Facts, Json, Value
 from ..errors import LorabridgeError
 from ..manifest import Manifest
+from ..tensors import TensorSpec
 from . import plan
 from .forward import Forward, Settings, dialect_named, forward, settings_from
 
@@ -67,7 +68,7 @@ def way_back(source: Source, manifest: Manifest, *, mappings: Path | None) -> Wa
         return _not(f"the conversion cannot be planned again: {error.problem}")
     if there.digest != manifest.plan:
         return _not(f"lorabridge {manifest.version} planned the conversion differently")
-    inverse = there.inverse()
+    inverse, numbers = there.inverse(), manifest.stated.read("value")
     if inverse.lost:
         return _not(f"{len(inverse.lost)} tensors were rounded on the way here, first {inverse.lost[0]}")
     scaled = {name for name, expr in there.outputs().items() if _kernels(expr) & {"scale"}}
@@ -76,8 +77,15 @@ def way_back(source: Source, manifest: Manifest, *, mappings: Path | None) -> Wa
     if (inverse.redundant or scaled) and not _confirmed(source, there, inverse.exprs, manifest.residues):
         return _not("the file's values have changed since, in places that the source has no room for")
     exprs = {**inverse.exprs, **{name: inverse.exprs[other] for name, other in made.ties if other in inverse.exprs}}
+    exprs |= {s.name: expr for s in manifest.source.specs if s.name not in exprs and (expr := _stated(s, numbers))}
     order = [s.name for s in manifest.source.specs if s.name in exprs]
     return WayBack(tuple((name, exprs[name]) for name in order), True, "", manifest.residues)
+
+
+def _stated(spec: TensorSpec, numbers: Mapping[str, Value]) -> Expr | None:
+    """Return a tensor of one element whose number the manifest holds."""
+    value = numbers.get(spec.name)
+    return products.constant(value, spec.dtype, spec.shape) if isinstance(value, int | float) else None
 
 
 def restored_config(manifest: Manifest) -> Json | None:

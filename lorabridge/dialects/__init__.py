@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from ..errors import UsageError
 from .adapter import Content, Dialect
+from .kohya import Kohya
 from .loralib import Loralib
 from .loralib_ms import LoralibMs
 from .mindformers import Mcore, Pynative
@@ -20,6 +21,7 @@ from .slora import Slora
 
 DIALECTS: tuple[Dialect, ...] = (
     Peft(), Loralib(), LoralibMs(), Mindpet(), TK, Mcore(), Pynative(), Slora(), Mindnlp(), Mindnlp("mindnlp-0.2"),
+    Kohya(),
 )  # fmt: skip
 
 CONFIGURED = frozenset({"peft", "mindnlp", "mindnlp-0.2"})

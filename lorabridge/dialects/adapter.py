@@ -130,6 +130,9 @@ class Extra:
         return f"{self.path}.{self.parameter}" if self.path else self.parameter
 
 
+OWN_ALPHA = ("kohya", "diffusers", "mindone")
+"""Dialects that define what alpha is where a file does not say: a stated alpha is one for the target."""
+
 CARRIED = "its number is carried as the module's alpha"
 """Why a tensor is among those left out of an adapter although nothing of it is lost."""
 

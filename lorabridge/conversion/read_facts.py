@@ -1,0 +1,99 @@
+"""Facts that are read before a dialect parses, since it sees headers only: numbers, and a base model's module names.
+
+They are facts like those that a user states, so a manifest records them and the conversion can be planned again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from .. import formats
+from ..dialects import flattened
+from ..dialects.adapter import Fact, Facts
+from ..errors import InputError
+from ..tensors import Source, TensorSpec
+
+NUMBERS = ("alpha",)
+"""Last components of the tensors of one element that say something about a module: sd-scripts' and LyCORIS' alpha."""
+
+# How the names of a whole checkpoint of the original code begin, and the component that lies there.
+_ORIGINAL = {
+    "model.diffusion_model.": "unet",
+    "cond_stage_model.transformer.": "text_encoder",
+    "conditioner.embedders.0.transformer.": "text_encoder",
+}
+_FIRST = {
+    "down_blocks": "unet", "up_blocks": "unet", "mid_block": "unet", "input_blocks": "unet", "double_blocks": "transformer",
+    "transformer_blocks": "transformer", "joint_blocks": "transformer", "text_model": "text_encoder",
+}  # fmt: skip
+
+
+def completed(facts: Facts, source: Source) -> Facts:
+    """Add what can be read to what was stated: numbers of the file, and modules where a base model was named."""
+    known = facts if facts.read("value") else facts.then(numbers(source))
+    return known.then(modules(facts, source.specs))
+
+
+def numbers(source: Source) -> Facts:
+    """Return the value of every tensor of one element whose name ends in one of ``NUMBERS``."""
+    wanted = [spec for spec in source.specs.values() if _is_number(spec)]
+    return Facts(tuple(Fact(spec.name, "value", _number(source, spec)) for spec in wanted))
+
+
+def _is_number(spec: TensorSpec) -> bool:
+    return spec.size == 1 and spec.name.rpartition(".")[2] in NUMBERS and spec.dtype.numpy is not None
+
+
+def _number(source: Source, spec: TensorSpec) -> float:
+    value = float(source.read(spec.name).view(spec.dtype.values()).reshape(-1)[0])
+    if not math.isfinite(value):
+        raise InputError(f"a scaling of {value}", where=f"{source.path}: {spec.name}", hint="repair the tensor")
+    return value
+
+
+def modules(facts: Facts, specs: Mapping[str, TensorSpec]) -> Facts:
+    """Look flattened names up in the base model that the fact ``names_of`` gives the path of.
+
+    Nothing where the fact names a known pipeline, or where the modules are known already. Raises MappingError for
+    names without a module, InputError for files that cannot be read.
+    """
+    base = facts.get("*", "names_of")
+    if not isinstance(base, str) or facts.read("module") or not Path(base).exists():
+        return Facts()
+    names = dict.fromkeys(name.partition(".")[0] for name in specs if flattened.prefix_of(name))
+    found = flattened.resolve_in(names, base_modules(Path(base)), base)
+    return Facts(tuple(Fact(name, "module", [path, *shape]) for name, (path, shape) in found.items()))
+
+
+def base_modules(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the modules with weights of a model's files, by component and path, with their weights' shapes.
+
+    A pipeline's folder has its components in subfolders; a network's folder, or one file, is what its names say.
+    """
+    parts = {name: path / name for name in flattened.COMPONENTS if (path / name).is_dir()}
+    if parts:
+        return {name: _weights(folder) for name, folder in parts.items()}
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for module, shape in _weights(path).items():
+        original = next((prefix for prefix in _ORIGINAL if module.startswith(prefix)), "")
+        first, _, rest = module.partition(".")
+        component = _ORIGINAL.get(original) or _FIRST.get(first, "")
+        if not component and first in flattened.COMPONENTS:
+            component, module = first, rest
+        found.setdefault(component, {})[module.removeprefix(original)] = shape
+    known = [component for component in found if component]
+    return {known[0]: {**found[known[0]], **found.get("", {})}} if len(known) == 1 else found
+
+
+def _weights(path: Path) -> dict[str, tuple[int, ...]]:
+    source = formats.open_source(path)
+    try:
+        return {
+            name.removesuffix(".weight"): spec.shape
+            for name, spec in source.specs.items()
+            if name.endswith(".weight") and len(spec.shape) > 1
+        }
+    finally:
+        source.close()
