@@ -12,7 +12,7 @@ from ..dialects.peft_config import changes_base, unsupported_fields
 from ..errors import MappingError
 from . import ties
 from .landing import land, moved_prefix
-from .repetition import homes, repeat_layers
+from .repetition import LOST, homes, repeat_layers
 from .worksheet import Addition, Worksheet
 
 __all__ = ["Addition", "Merged", "merge", "with_rows"]
@@ -119,6 +119,9 @@ def _repeat(work: Worksheet, addition: Addition) -> None:
         if work.homes and found:
             raise MappingError("two adapters repeat layers", where=addition.label, hint="merge one after another")
         work.homes = found
+        lost = [name for name, home in found.items() if home.startswith(LOST)]
+        work.left_out += [(one, "of a layer that layer_replication leaves out") for name in lost
+                          for one in reads(work.values[name])]  # fmt: skip
         work.values, work.config, note = repeat_layers(work.values, ranges, work.config, addition.label)
         work.notes.append(note)
 

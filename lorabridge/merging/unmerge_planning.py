@@ -254,11 +254,11 @@ def best_inverse(model: Adapter, landed: Merged, *, leave: Sequence[str] = ()) -
     if idle:
         raise MappingError("--leave matches no parameter", where=idle, hint="`lorabridge inspect` lists the names")
     nodes = {name: node for name, node in found.nodes.items() if name not in left}
-    copies = _copies(found, nodes, landed.model)
+    copies, brought = _copies(found, nodes, landed.model), _brought(found)
     where = [
         f"{name}: {_gone(before, after)}"
         for name, (before, after) in found.replaced.items()
-        if name not in copies and name not in left
+        if name not in copies and name not in brought and name not in left
     ]
     where += [f"{name}: {_NORMS}" for name, node in nodes.items() if not additive(recipe_of(node)[0])]
     where += [f"{name}: the merged model has it in another shape than the adapter" for name in found.lost]
@@ -275,6 +275,7 @@ def best_inverse(model: Adapter, landed: Merged, *, leave: Sequence[str] = ()) -
         values[name] = reshape(in_blocks(node), values[name].shape)
     for name, other in copies.items():
         values[name] = values[other]
+    values |= {name: value for name, value in brought.items() if name not in left}
     away = {name: len(recipe_of(node)[0].updates) for name, node in nodes.items()}
     kept = tuple(name for name in left if name in found.nodes or name in found.replaced)
     return Restored(_with(model, values, [*landed.model.left_out, *_spare(landed)]), nodes, away, kept)
@@ -287,6 +288,16 @@ def _copies(found: Traces, nodes: Mapping[str, Compute], merged: Adapter) -> dic
     """Return which replaced parameters are copies of a merged weight: a head that stays tied."""
     by_value = {extra.value: extra.name for extra in merged.extras if extra.name in nodes}
     return {name: by_value[after] for name, (_, after) in found.replaced.items() if after in by_value}
+
+
+def _brought(found: Traces) -> dict[str, Expr]:
+    """Return replaced weights that the adapter itself has as they were before its delta (saved embedding layers)."""
+    out = {}
+    for name, (before, after) in found.replaced.items():
+        node = _node(after)
+        if node is not None and not set(reads(before)) & set(reads(node.args[0])):
+            out[name] = reshape(node.args[0], before.shape)
+    return out
 
 
 def _gone(before: Expr, after: Expr) -> str:
@@ -306,9 +317,11 @@ def tied_again(restored: Restored, model: Adapter, held: Sequence[str]) -> tuple
     if HEAD not in held or HEAD not in merged or not embedding:
         return restored, ""
     values = {extra.name: extra.value for extra in restored.model.extras}
-    gone = [(name, "of a head that is tied again") for name in reads(values.pop(HEAD))]
+    head = values.pop(HEAD)
+    gone = [(name, "of a head that is tied again") for name in reads(head)]
     nodes = dict(restored.nodes)
-    if HEAD not in nodes:
+    gone += [(name, "not needed on the way back") for node in nodes.values() for name in reads(node)]
+    if head == merged[HEAD]:
         gone += [(name, "the head's copy is the base's matrix") for name in reads(merged[embedding])]
         values[embedding] = merged[HEAD]
         nodes.pop(embedding, None)

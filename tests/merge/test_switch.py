@@ -166,3 +166,30 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, small: tuple[Path, Path, Path]
     )  # fmt: skip
     assert "would switch 1 parameter" in done.summary()
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_switching_from_and_to_repeated_layers(tmp_path: Path, base: Path, exact: bool) -> None:
+    made = {}
+    for seed, (name, ranges) in enumerate({"old": [[1, 2], [0, 1], [0, 2]], "new": [[0, 2], [1, 2]]}.items()):
+        random = np.random.default_rng(seed)
+        count = sum(stop - start for start, stop in ranges)
+        factors = {f"transformer.h.{i}.attn.c_attn": (random.standard_normal((4, 32), np.float32),
+                   random.standard_normal((96, 4), np.float32) * 0.01) for i in range(count)}  # fmt: skip
+        made[name] = plain_adapter(tmp_path / name, factors)
+        path = made[name] / "adapter_config.json"
+        said = {"layer_replication": ranges, "fan_in_fan_out": True}
+        path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    merge(base, [made["old"]], tmp_path / "merged", watch=UndoWriter(tmp_path / "u", MergeOptions()))
+    merge(base, [made["new"]], tmp_path / "direct", watch=UndoWriter(tmp_path / "v", MergeOptions()))
+    undo, undo_out = (tmp_path / "u", tmp_path / "w") if exact else (None, None)
+    switch(tmp_path / "merged", [made["old"]], [made["new"]], tmp_path / "out", undo=undo, undo_out=undo_out)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "direct"))
+    assert ours.keys() == theirs.keys()
+    assert (tmp_path / "out/config.json").read_text() == (tmp_path / "direct/config.json").read_text()
+    if not exact:
+        assert all(torch.allclose(ours[n].float(), theirs[n].float(), rtol=0.02, atol=1e-3) for n in ours)
+        return
+    assert bits(tmp_path / "out") == bits(tmp_path / "direct")
+    unmerge(tmp_path / "out", [made["new"]], tmp_path / "back", undo=tmp_path / "w")
+    assert bits(tmp_path / "back") == bits(base)

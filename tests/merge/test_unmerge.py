@@ -232,6 +232,91 @@ def test_what_was_written_over_cannot_be_computed_back(tmp_path: Path, bases: di
             unmerge(tmp_path / f"{kind}_merged", [given], tmp_path / "no")
 
 
+def test_what_cannot_be_computed_back_may_stay_as_merged(tmp_path: Path, bases: dict[str, Path]) -> None:
+    base = bases["float32"]
+    given = adapter(base, tmp_path / "adapter", **KINDS["replaced"])
+    merge(base, [given], tmp_path / "merged")
+    with pytest.raises(MappingError, match="matches no parameter"):
+        unmerge(tmp_path / "merged", [given], tmp_path / "no", MergeOptions(leave=("*wpe*", "nothing*")))
+    with pytest.raises(MappingError, match="2 parameters cannot be computed back") as error:
+        unmerge(tmp_path / "merged", [given], tmp_path / "no", MergeOptions(leave=("*wpe*",)))
+    assert "ln_f.weight" in error.value.text()
+    done = unmerge(tmp_path / "merged", [given], tmp_path / "back", MergeOptions(leave=("*wpe*", "*ln_f*")))
+    assert set(done.left_merged) == {"transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"}
+    assert any("as in the merged model" in warning for warning in done.warnings)
+    back, merged = bits(tmp_path / "back"), bits(tmp_path / "merged")
+    assert all(back[name] == merged[name] for name in done.left_merged)
+
+
+def test_dora_says_what_is_gone_and_the_rest_can_be_restored(tmp_path: Path, bases: dict[str, Path]) -> None:
+    base = bases["float32"]
+    given = adapter(base, tmp_path / "adapter", use_dora=True)
+    merge(base, [given], tmp_path / "merged")
+    with pytest.raises(MappingError, match="the norm of each of its outputs in the base is gone") as error:
+        unmerge(tmp_path / "merged", [given], tmp_path / "no")
+    assert "--leave" in error.value.hint
+    done = unmerge(tmp_path / "merged", [given], tmp_path / "back", MergeOptions(leave=("*.h.*",)))
+    assert bits(tmp_path / "back") == bits(tmp_path / "merged")
+    assert len(done.left_merged) == 6
+
+
+@pytest.mark.parametrize("reached", ["wte", "lm_head"])
+def test_an_untied_head_is_tied_again_and_the_untouched_matrix_is_exact(
+    tmp_path: Path, bases: dict[str, Path], reached: str
+) -> None:
+    base = bases["bfloat16"]
+    given = adapter(base, tmp_path / "adapter", target_modules=[reached], fan_in_fan_out=False)
+    merge(base, [given], tmp_path / "merged")
+    assert "lm_head.weight" in bits(tmp_path / "merged")
+    unmerge(tmp_path / "merged", [given], tmp_path / "back")
+    assert bits(tmp_path / "back") == bits(base)
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((base / "config.json").read_text())
+
+
+REPEATED = {"twice": [[0, 2], [0, 2]], "overlap": [[0, 1], [0, 2], [1, 2]], "turned": [[1, 2], [0, 1]]}
+
+
+@pytest.mark.parametrize("case", REPEATED)
+def test_repeated_layers_come_back(tmp_path: Path, bases: dict[str, Path], case: str) -> None:
+    base = bases["bfloat16"]
+    given = repeated(base, tmp_path / "adapter", REPEATED[case])
+    summary = merged_with_undo(base, [given], tmp_path / "merged", tmp_path / "u")
+    assert (summary.whole, summary.raw) == ((), ()), "the first copy of a layer gives it back"
+    done = unmerge(tmp_path / "merged", [given], tmp_path / "back", undo=tmp_path / "u")
+    assert done.exact
+    assert bits(tmp_path / "back") == bits(base)
+    config = json.loads((base / "config.json").read_text())
+    assert json.loads((tmp_path / "back/config.json").read_text()) == config
+    unmerge(tmp_path / "merged", [given], tmp_path / "near")
+    true, near = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "near"))
+    assert true.keys() == near.keys()
+    assert all(torch.allclose(true[name].float(), near[name].float(), rtol=0.02, atol=1e-3) for name in true)
+    assert json.loads((tmp_path / "near/config.json").read_text()) == config
+
+
+def test_a_layer_that_was_left_out_comes_back_from_the_undo_file_alone(tmp_path: Path, bases: dict[str, Path]) -> None:
+    base = bases["bfloat16"]
+    given = repeated(base, tmp_path / "adapter", [[1, 2], [1, 2]])
+    merged_with_undo(base, [given], tmp_path / "merged", tmp_path / "u")
+    unmerge(tmp_path / "merged", [given], tmp_path / "back", undo=tmp_path / "u")
+    assert bits(tmp_path / "back") == bits(base)
+    with pytest.raises(MappingError, match="layers of the base are not in the merged model"):
+        unmerge(tmp_path / "merged", [given], tmp_path / "no")
+
+
+def repeated(base: Path, folder: Path, ranges: list[list[int]]) -> Path:
+    """Write an adapter that repeats layers, as peft spells it; peft itself repeats those of Llama and a few others."""
+    random = np.random.default_rng(6)
+    count = sum(stop - start for start, stop in ranges)
+    factors = {f"transformer.h.{i}.attn.c_attn": (random.standard_normal((4, 32), np.float32),
+               random.standard_normal((96, 4), np.float32) * 0.01) for i in range(count)}  # fmt: skip
+    made = plain_adapter(folder, factors)
+    path = made / "adapter_config.json"
+    said = {"layer_replication": ranges, "fan_in_fan_out": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    return made
+
+
 def test_the_undo_file_is_small_for_a_usual_adapter(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     size = 1024
