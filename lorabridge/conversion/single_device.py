@@ -1,8 +1,8 @@
 """MindFormers' checkpoint of a run on one device: an iteration directory that has no metadata.json.
 
-Layout of mindformers 2.1.0 (checkpoint/checkpoint.py, checkpoint/utils.py): ``latest_checkpointed_iteration.txt`` beside
-``iteration_<8 digits>/[prefix-]model-0000000-0000001.safetensors``, the optimizer's ``[prefix-]opt-...`` and common.json.
-Several devices write a metadata.json, which ``lorabridge.distributed`` reads.
+Layout of mindformers 2.1.0 (checkpoint/checkpoint.py, checkpoint/utils.py): ``latest_checkpointed_iteration.txt``
+beside ``iteration_<8 digits>/[prefix-]model-0000000-0000001.safetensors``, the optimizer's ``[prefix-]opt-...`` and
+common.json. Several devices write a metadata.json, which ``lorabridge.distributed`` reads.
 """
 
 from __future__ import annotations

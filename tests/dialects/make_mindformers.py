@@ -1,8 +1,8 @@
 """Write the files of ``mindformers_files`` with MindFormers itself.
 
-Made with mindformers 2.1.0 on mindspore 2.10.0 and numpy 1.26.4, on the CPU. hyper_parallel, which PyNative mode imports,
-is in no package index and is stood in for. Every network is tiny and its factors are random. Usage, in an environment
-that has mindformers:
+Made with mindformers 2.1.0 on mindspore 2.10.0 and numpy 1.26.4, on the CPU. hyper_parallel, which PyNative mode
+imports, is in no package index and is stood in for. Every network is tiny and its factors are random. Usage, in an
+environment that has mindformers:
 
     python tests/dialects/make_mindformers.py llama|mcore|pynative
 """

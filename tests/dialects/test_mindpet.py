@@ -37,7 +37,7 @@ def test_every_spelling_is_read_and_the_current_one_written(style, letters):
     file = pair("h.0.dense1", style, letters)
     given = content(file, ("alpha", 16), container="mindspore")
     dialect = MINDPET if style.startswith("mindpet") else TK
-    assert [row for row in detect(given)] == [(dialect.name, f"2 parameters such as h.0.dense1.{style}{letters[0]}")]
+    assert list(detect(given)) == [(dialect.name, f"2 parameters such as h.0.dense1.{style}{letters[0]}")]
     adapter = MINDPET.parse(given)
     assert adapter.modules[0].path == "h.0.dense1"
     assert adapter.modules[0].scaling == Scaling(16.0, 2)
