@@ -11,6 +11,7 @@ COMMANDS = {
     "switch": "lorabridge.commands.switch:switch",
     "verify": "lorabridge.commands.verify:verify",
     "reassemble": "lorabridge.commands.reassemble:reassemble",
+    "reshard": "lorabridge.commands.reshard:reshard",
     "inspect": "lorabridge.commands.inspect:inspect",
     "resize": "lorabridge.commands.resize:resize",
     "extract": "lorabridge.commands.extract:extract",

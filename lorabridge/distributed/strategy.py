@@ -242,10 +242,17 @@ def fitted(layout: Layout, local: Sequence[int]) -> Layout | None:
         return layout if layout.shape is None or layout.whole_shape(local) == layout.shape else None
     if layout.shape is None or len(layout.cuts) < len(local):
         return None
-    found = [
-        folded for folded in _foldings(layout, len(local)) if folded.local_shape(folded.shape or ()) == tuple(local)
-    ]
+    found = [one for one in _foldings(layout, len(local)) if one.local_shape(one.shape or ()) == tuple(local)]
     return found[0] if len(found) == 1 else None
+
+
+def folded(layout: Layout, shape: Sequence[int]) -> Layout | None:
+    """Return a layout with one entry per axis of a whole tensor, and its shape; None where it cannot cut the tensor."""
+    if len(layout.cuts) == len(shape):
+        fits = layout.shape in (None, tuple(shape)) and layout.local_shape(shape) is not None
+        return replace(layout, shape=tuple(shape)) if fits else None
+    found = [one for one in _foldings(layout, len(shape)) if one.shape == tuple(shape)] if layout.shape else []
+    return found[0] if len(found) == 1 and found[0].local_shape(shape) is not None else None
 
 
 def _foldings(layout: Layout, axes: int) -> Iterator[Layout]:

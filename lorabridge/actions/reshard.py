@@ -1,0 +1,252 @@
+"""Cut a checkpoint for other ranks: MindSpore's rank directories along a strategy, or the shards of one checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from .. import formats
+from ..axes import Expr, read
+from ..conversion import execute, plan
+from ..conversion.repository import Input, files_of, open_input
+from ..distributed.assembled import Assembled
+from ..distributed.layout import Layout, slice_of
+from ..distributed.parallel import Sizes, strategies
+from ..distributed.ranksink import RanksSink
+from ..distributed.strategy import folded, read_strategy, write_strategy
+from ..errors import MappingError, OutputError, UsageError, counted
+from ..files.fsio import Staging, require_space
+from ..formats.shardsink import split
+from ..formats.untrusted import shown
+from ..tensors import TensorSpec
+from .convert_report import ConvertReport
+from .whole import WholeOptions, write_whole
+
+Progress = Callable[[int, int], None]
+Stages = Mapping[int, Mapping[str, Layout]]
+
+
+@dataclass(frozen=True, slots=True)
+class ReshardOptions:
+    """What a checkpoint is cut into; see ``lorabridge reshard --help``.
+
+    ``strategies``, ``step``: about the source. ``to``: strategy files of the target; without them ``sizes`` and
+    ``cuts`` make one. ``format``: container of the ranks' files, the source's where None.
+    """
+
+    strategies: tuple[Path, ...] = ()
+    step: str | None = None
+    to: tuple[Path, ...] = ()
+    sizes: Sizes | None = None
+    cuts: tuple[tuple[str, int | None], ...] = ()
+    format: Literal["mindspore", "safetensors"] | None = None
+    check_replicas: bool = True
+    workers: int = 0
+    dry_run: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReshardReport:
+    """One resharding, done or (``dry_run``) planned. ``nbytes``: of all files' tensors, replicas included."""
+
+    source: str
+    target: str
+    format: str
+    ranks: int
+    stages: int
+    tensors: int
+    replicated: tuple[str, ...]
+    nbytes: int
+    seconds: float
+    notes: tuple[str, ...]
+    dry_run: bool
+
+    def as_json(self) -> dict[str, object]:
+        """Return the JSON document of ``lorabridge reshard --json``."""
+        return {"schema": "lorabridge/reshard/1", **asdict(self)}
+
+    def summary(self) -> str:
+        """Return one line: what went where."""
+        done = "would cut" if self.dry_run else "cut"
+        into = f"{counted(self.ranks, 'rank')} in {counted(self.stages, 'stage')}"
+        return f"{done} {counted(self.tensors, 'tensor')} into {into} ({self.format}) at {self.target}"
+
+
+def reshard(
+    source: Path | str, target: Path | str, options: ReshardOptions, *, progress: Progress | None = None
+) -> ReshardReport:
+    """Cut ``source``, whole or distributed, into rank directories ``target/rank_<r>`` and return what was done.
+
+    ``target/strategy`` gets the strategy of every stage. A tensor that the strategy does not list must have one element
+    and goes to every rank. All or nothing. Raises MappingError for tensors that do not fit the strategy, and whatever
+    opening and writing raise.
+    """
+    started = time.perf_counter()
+    given = open_input(Path(source), strategies=options.strategies, step=options.step)
+    try:
+        stages = _stages(given, options)
+        outputs, whole = _cut(given.source.specs, stages)
+        planned = plan.build(given.source.specs, outputs, seed="reshard")
+        if not options.dry_run:
+            _write(given, Path(target), planned, stages, options, progress)
+        devices = next(layout.devices for layouts in stages.values() for layout in layouts.values())
+        notes = given.source.arrangement.notes if isinstance(given.source, Assembled) else ()
+        return ReshardReport(
+            source=str(source),
+            target=str(target),
+            format=_format(given, options),
+            ranks=devices * len(stages),
+            stages=len(stages),
+            tensors=len(given.source.specs),
+            replicated=whole,
+            nbytes=planned.nbytes,
+            seconds=time.perf_counter() - started,
+            notes=notes,
+            dry_run=options.dry_run,
+        )
+    finally:
+        given.source.close()
+
+
+def _format(given: Input, options: ReshardOptions) -> str:
+    return options.format or (
+        given.source.format if given.source.format in ("mindspore", "safetensors") else "mindspore"
+    )
+
+
+def _stages(given: Input, options: ReshardOptions) -> dict[int, dict[str, Layout]]:
+    """Return the layouts of the target's stages, as told or made from sizes, fitted to the tensors."""
+    if bool(options.to) == (options.sizes is not None):
+        raise UsageError(
+            "the target's layout is not said" if not options.to else "the target's layout is said twice",
+            hint="give --strategy NEW, or sizes: --tp, --pp, --opt-shard",
+        )
+    specs = given.source.specs
+    if options.sizes is not None:
+        placed = given.source.arrangement.placed if isinstance(given.source, Assembled) else {}
+        known = {name: p.layout for name, p in placed.items() if p.layout is not None}
+        return strategies(specs, options.sizes, options.cuts, known)
+    found: dict[int, dict[str, Layout]] = {}
+    problems = []
+    for stage, layouts in read_strategy(options.to).stages.items():
+        found[stage] = {}
+        for name, layout in layouts.items():
+            if name not in specs:
+                continue
+            shape = specs[name].shape
+            fits = folded(layout, shape)
+            if fits is None:
+                problems.append(f"{shown(name)}: shape {list(shape)} cannot be cut as the strategy says")
+            else:
+                found[stage][name] = fits
+    if problems:
+        raise MappingError("the strategy does not fit the tensors", where=problems, hint="take that of the same model")
+    if not any(found.values()):
+        raise MappingError(
+            "the strategy lists none of the tensors",
+            where=", ".join(map(str, options.to)),
+            hint="take the strategy of the network that will load the ranks",
+        )
+    return found
+
+
+def _cut(specs: Mapping[str, TensorSpec], stages: Stages) -> tuple[list[tuple[str, Expr]], tuple[str, ...]]:
+    """Return every rank's slices as ``rank_<r>/<name>``, and the names of what every rank holds."""
+    listed = {name for layouts in stages.values() for name in layouts}
+    large = [name for name, spec in specs.items() if name not in listed and spec.size != 1]
+    if large:
+        raise MappingError(
+            "the strategy does not list these tensors",
+            where=[f"{shown(name)} {list(specs[name].shape)}" for name in large],
+            hint="save the strategy with all parameters, not the trainable ones only; or leave the tensors out",
+        )
+    whole = tuple(name for name in specs if name not in listed)
+    devices = next(layout.devices for layouts in stages.values() for layout in layouts.values())
+    outputs: list[tuple[str, Expr]] = []
+    for number, stage in enumerate(sorted(stages)):
+        for rank in range(devices):
+            folder = f"rank_{number * devices + rank}"
+            for name, spec in specs.items():
+                if name in stages[stage]:
+                    outputs.append((f"{folder}/{name}", slice_of(read(spec), stages[stage][name], rank)))
+                elif name in whole:
+                    outputs.append((f"{folder}/{name}", read(spec)))
+    return outputs, whole
+
+
+def _write(
+    given: Input, target: Path, planned: plan.Plan, stages: Stages, options: ReshardOptions, progress: Progress | None
+) -> None:  # fmt: skip
+    if options.check_replicas and isinstance(given.source, Assembled):
+        given.source.check_replicas()
+    if given.path.resolve() in (target.resolve(), *target.resolve().parents):
+        raise OutputError("the output lies on or inside the input", where=str(target), hint="write elsewhere")
+    require_space(target.parent, planned.nbytes + (planned.nbytes >> 6))
+    format = _format(given, options)
+    suffix = ".ckpt" if format == "mindspore" else ".safetensors"
+    known: Mapping[str, object] = {"flavour": "ms"} if format == "safetensors" else {}
+    with Staging(
+        target, digest=_identity(given, planned, format), overwrite=options.overwrite, directory=True
+    ) as staging:
+        sink = RanksSink(formats.container(format), staging.create, f"checkpoint{suffix}", options=known)
+        execute.run(
+            planned, given.source, sink, kernels=lambda name: {}, metadata={"format": "ms"},
+            workers=options.workers or min(8, len(os.sched_getaffinity(0))), progress=progress,
+        )  # fmt: skip
+        for number, stage in enumerate(sorted(stages)):
+            file = staging.create(f"strategy/strategy_{number}.ckpt")
+            file.write(0, write_strategy(number, stages[stage]))
+            file.close()
+        staging.commit()
+
+
+def _identity(given: Input, planned: plan.Plan, format: str) -> str:
+    digest = hashlib.sha256(f"{planned.digest} {format}".encode())
+    for path in sorted(files_of(given.source)):
+        status = path.stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def reshard_files(
+    source: Path | str,
+    target: Path | str,
+    options: ReshardOptions,
+    *,
+    shards: int | None = None,
+    max_size: int | None = None,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Write ``source``, whole or distributed, as one checkpoint in several files with an index.
+
+    ``shards``: how many files at most, as evenly as the tensors allow; ``max_size``: bytes of tensors per file. Names
+    stay as they are. Of ``options`` only what is about the source and the writing counts.
+    """
+    started = time.perf_counter()
+    given = open_input(Path(source), strategies=options.strategies, step=options.step)
+    try:
+        specs = tuple(given.source.specs.values())
+        size = max_size if max_size is not None else _size_for(specs, shards or 1)
+        kept = WholeOptions(
+            size, check_replicas=options.check_replicas, workers=options.workers, dry_run=options.dry_run,
+            overwrite=options.overwrite,
+        )  # fmt: skip
+        return write_whole(given, f"{str(target).rstrip('/')}/", kept, progress=progress, started=started)
+    finally:
+        given.source.close()
+
+
+def _size_for(specs: Sequence[TensorSpec], shards: int) -> int:
+    """Return the smallest shard size that cuts tensors into at most so many shards."""
+    low, high = max(1, max((spec.nbytes for spec in specs), default=1)), sum(spec.nbytes for spec in specs) or 1
+    high = max(low, high)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(split(specs, middle)) <= shards else (middle + 1, high)
+    return low

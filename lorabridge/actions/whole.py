@@ -1,0 +1,114 @@
+"""Write every tensor of a checkpoint under the name it has: into one file, or into shards with an index."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import formats
+from ..axes import read
+from ..conversion import execute, plan
+from ..conversion.repository import Framework, Input, files_of, plan_output
+from ..distributed.assembled import Assembled
+from ..errors import OutputError, UsageError
+from ..files.fsio import Staging, require_space
+from .convert_report import ConvertReport
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class WholeOptions:
+    """How a checkpoint is written; see ``lorabridge reassemble --help``."""
+
+    max_shard_size: int | None = None
+    crc: bool = False
+    check_replicas: bool = True
+    workers: int = 0
+    dry_run: bool = False
+    overwrite: bool = False
+
+
+def framework_of_source(given: Input) -> Framework:
+    """Return the framework whose names an input has, by its container and what its metadata say."""
+    source = given.source
+    return "mindspore" if source.format == "mindspore" or source.metadata.get("format") == "ms" else "torch"
+
+
+def write_whole(
+    given: Input, target: Path | str, options: WholeOptions, *, progress: Progress | None, started: float
+) -> ConvertReport:
+    """Write an open input, training state and all; nothing is renamed, interpreted or left out.
+
+    All or nothing. ``started``: of the clock ``time.perf_counter``. Raises what opening and writing raise.
+    """
+    framework = framework_of_source(given)
+    output = plan_output(target, framework=framework, adapter=False)
+    place, source = output.target.resolve(), given.path.resolve()
+    if place == source or source in place.parents:
+        raise OutputError("the output lies on or inside the input", where=str(target), hint="write elsewhere")
+    if options.max_shard_size is not None and not output.directory:
+        raise UsageError("--max-shard-size needs a directory", where=str(target), hint="end DST with a slash")
+    planned = plan.build(given.source.specs, [(n, read(spec)) for n, spec in given.source.specs.items()], seed="whole")
+    if not options.dry_run:
+        if options.check_replicas and isinstance(given.source, Assembled):
+            given.source.check_replicas()
+        require_space(output.target.parent, planned.nbytes + (planned.nbytes >> 6))
+        digest = hashlib.sha256(f"{planned.digest} {output.format} {options.max_shard_size} {options.crc}".encode())
+        for path in sorted(files_of(given.source)):
+            status = path.stat()
+            digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+        with Staging(
+            output.target, digest=digest.hexdigest(), overwrite=options.overwrite, directory=output.directory
+        ) as staging:
+            sink = formats.make_sink(
+                output.format, staging.create, output.file, max_shard_size=options.max_shard_size,
+                flavour="ms" if framework == "mindspore" else "hf", crc=options.crc,
+            )  # fmt: skip
+            execute.run(
+                planned, given.source, sink, kernels=lambda name: {},
+                metadata={"format": "ms" if framework == "mindspore" else "pt"},
+                workers=options.workers or _workers(), progress=progress,
+            )  # fmt: skip
+            staging.commit()
+    return _report(given, str(output.target), output.format, framework, planned, options, time.perf_counter() - started)
+
+
+def _workers() -> int:
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def _report(
+    given: Input, target: str, format: str, framework: Framework, planned: plan.Plan, options: WholeOptions,
+    seconds: float,
+) -> ConvertReport:  # fmt: skip
+    dialect = "ms" if framework == "mindspore" else "hf"
+    return ConvertReport(
+        source=str(given.path),
+        target=target,
+        source_format=given.source.format,
+        target_format=format,
+        source_dialect=dialect,
+        target_dialect=dialect,
+        family="identity",
+        modules=(),
+        tensors=len(planned.specs),
+        tensors_read=len(planned.specs),
+        nbytes=planned.nbytes,
+        steps=len(planned.steps),
+        peak_bytes=planned.peak_bytes(options.workers or _workers()),
+        seconds=seconds,
+        left_out=tuple(getattr(given.source, "skipped", ())),
+        unselected=(),
+        not_carried=tuple(path.name for path in given.companions),
+        warnings=(),
+        notes=given.source.arrangement.notes if isinstance(given.source, Assembled) else (),
+        rounding=(),
+        compressed=(),
+        digest=planned.digest,
+        dry_run=options.dry_run,
+    )
