@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..errors import MappingError
 from . import factors
 from .adapter import Adapter, Fact, Facts, LoraModule, Value
+from .mindformers_experts import cell_of, has_experts
 from .mindformers_targets import leaf_pattern, path_pattern, swallowed
 from .pairs import MERGE, Problems
 
@@ -64,11 +65,18 @@ def _shown(alpha: float) -> int | float:
 
 
 def refuse(
-    adapter: Adapter, title: str, *, kinds: Collection[str] = ("linear",), weights: Collection[str] = ("weight",)
+    adapter: Adapter,
+    title: str,
+    *,
+    kinds: Collection[str] = ("linear",),
+    weights: Collection[str] = ("weight",),
+    experts: bool = False,
 ) -> None:
     """Raise one MappingError for everything that has no place in a dialect of plain factor pairs."""
     problems = Problems(f"properties of the adapter have no place in {title}")
     merge = f"{MERGE}, or choose --to loralib-ms"
+    for parameter in () if experts else has_experts(adapter):
+        problems.add(f"{title} has no LoRA for routed experts", parameter, f"{MERGE}, or choose --to pynative")
     for module in adapter.modules:
         if module.kind not in kinds:
             problems.add(f"{title} has no LoRA for {module.kind}", module.path, merge)
@@ -175,7 +183,7 @@ def pynative_files(adapter: Adapter, made: Shared) -> tuple[Mapping[str, str], t
         "lora_rank": made.rank,
         "lora_alpha": _shown(made.alpha),
         "lora_dropout": dropout_of(adapter),
-        "target_modules": path_pattern([module.path for module in made.modules]),
+        "target_modules": path_pattern([cell_of(module) for module in made.modules]),
     }
     manifest: dict[str, Value] = {
         "format": ADAPTER_FORMAT,

@@ -24,7 +24,7 @@ from typing import Literal
 
 from ..errors import MappingError, counted
 from .adapter import DIRECTORY, TITLE, Adapter, Content, Fact, Facts, LoraModule, Value, Written
-from .mindformers import LLAMA_CELLS, PYNATIVE_ROLES, factor_names, llama_cells, lower_case, parse_pairs
+from .mindformers import LLAMA_CELLS, LOWER_ROLES, factor_names, llama_cells, lower_case, parse_pairs
 from .mindformers_write import Shared, dropout_of, refuse, shared
 from .pairs import MERGE, Problems
 
@@ -45,9 +45,11 @@ class Slora:
     framework: Literal["torch", "mindspore"] = "mindspore"
 
     def detect(self, content: Content) -> str | None:
-        """Claim files with ``P.lora_a`` of Llama cells."""
+        """Claim MindSpore files with ``P.lora_a`` of Llama cells."""
         found = lower_case(content)
-        return f"{counted(len(found), 'parameter')} such as {found[0]}" if llama_cells(found) else None
+        return (
+            f"{counted(len(found), 'parameter')} such as {found[0]} in a MindSpore file" if llama_cells(found) else None
+        )
 
     def parse(self, content: Content) -> Adapter:
         """Read every adapted cell; the scaling is that of the adapter_config.json beside."""
@@ -58,7 +60,7 @@ class Slora:
                 where=added,
                 hint="resize the base's embedding with these rows, then convert the adapter without them",
             )
-        return parse_pairs(content, PYNATIVE_ROLES, "S-LoRA", KINDS, served=True)
+        return parse_pairs(content, LOWER_ROLES, "S-LoRA", KINDS, served=True)
 
     def write(self, adapter: Adapter, facts: Facts) -> Written:
         """Spell an adapter with one rank and one integer alpha, with the folder's files.

@@ -78,7 +78,10 @@ def test_llama_cells_are_served_and_others_are_pynative() -> None:
         ("output_layer", "pynative"),
         ("decoder.layers.1.self_attention.linear_qkv", "pynative"),
     ):
-        assert [name for name, _ in detect(content(file_of("slora", path)))] == [dialect]
+        seen = content(file_of("slora", path), container="safetensors", format="ms")
+        assert [name for name, _ in detect(seen)] == [dialect]
+        other = content(file_of("slora", path), container="safetensors", format="mlx")
+        assert not {"slora", "pynative"} & {name for name, _ in detect(other)}
 
 
 @pytest.mark.parametrize(
@@ -383,3 +386,43 @@ def test_read_and_written_again_from_own_facts() -> None:
         assert [m.scaling for m in again.modules] == [Scaling(6.0, 3)] * 2
         parts = evaluated([("a", again.modules[1].terms[0].a)], made)
         assert torch.equal(parts["a"][:1], tensors["b.a"])
+
+
+def test_routed_experts_are_modules_and_go_back_into_their_tensors() -> None:
+    source = open_input(FILES / "deepseek_v3_pynative")
+    try:
+        seen = source.content()
+        assert [name for name, _ in detect(seen)] == ["pynative"]
+        adapter = by_name("pynative").parse(seen)
+        raw = {n: torch.from_numpy(source.source.read(n).view("float32").copy()) for n in source.source.specs}
+    finally:
+        source.source.close()
+    expert = next(m for m in adapter.modules if m.path == "decoder.layers.1.mlp.experts.weight1.3")
+    assert (expert.out, expert.scaling, expert.fan_in_fan_out) == (32, Scaling(8.0, 4), True)
+    factors = evaluated([("a", expert.terms[0].a), ("b", expert.terms[0].b)], raw)
+    stem = "decoder.layers.1.mlp.experts.weight1_lora_"
+    assert torch.equal(factors["a"], raw[f"{stem}a"][3].T)
+    assert torch.equal(factors["b"], raw[f"{stem}b"][3].T)
+    tensors, out = written(by_name("pynative"), adapter, raw)
+    assert {n: t.tolist() for n, t in tensors.items()} == {n: t.tolist() for n, t in raw.items()}
+    pattern = json.loads(out.files["mindformers_adapter_config.json"])["lora_config"]["target_modules"]
+    cells = [row.partition(":")[0] for row in json.loads((FILES / "deepseek_v3_pynative" / "cells.json").read_text())]
+    selected = {cell.removeprefix("model.") for cell in cells if re.search(pattern, cell)}
+    adapted = {name.rpartition(".")[0] for name in raw}
+    assert selected == adapted
+    for dialect in ("mcore", "mindpet", "slora"):
+        with pytest.raises(MappingError, match=r"no LoRA for routed experts|have no place"):
+            by_name(dialect).write(adapter, facts())
+
+
+def test_experts_are_refused_with_every_place() -> None:
+    lone = {"m.experts.weight1_lora_a": torch.zeros(2, 5, 3), "m.experts.weight1_lora_b": torch.zeros(2, 3, 6)}
+    adapter = by_name("pynative").parse(content(lone, ("alpha", 3)))
+    assert any(
+        "m.experts.weight2: MindFormers adapts it" in n for n in by_name("pynative").write(adapter, facts()).notes
+    )
+    with pytest.raises(MappingError, match="alpha is not stored"):
+        by_name("pynative").parse(content(lone))
+    lone["m.experts.weight1_lora_b"] = torch.zeros(2, 4, 6)
+    with pytest.raises(MappingError, match="shapes are not those"):
+        by_name("pynative").parse(content(lone, ("alpha", 3)))

@@ -247,3 +247,87 @@ def test_tk_names_go_to_peft_and_back(tmp_path: Path, mindspore) -> None:
     convert(tmp_path / "peft", tmp_path / "made.ckpt", ConvertOptions(target_dialect="tk"))
     made = mindspore.load_checkpoint(str(tmp_path / "made.ckpt"))
     assert set(made) == {row["name"] for row in old}
+
+
+EXPERTS = """
+schema = 1
+family = "toy_moe"
+match = { model_type = ["toy_moe"] }
+[sizes]
+hidden = "hidden_size"
+inner = "moe_intermediate_size"
+layers = "num_hidden_layers"
+experts = "num_experts"
+[holes]
+i = "layers"
+e = "experts"
+[[stack]]
+ms = "decoder.layers.{i}.mlp.experts.{n:weight1|weight2}"
+item = "decoder.layers.{i}.mlp.experts.{n:weight1|weight2}.{e}.weight"
+[[linear]]
+hf = { gate = "layers.{i}.mlp.experts.{e}.gate_proj", up = "layers.{i}.mlp.experts.{e}.up_proj" }
+ms = { gate_up = "decoder.layers.{i}.mlp.experts.weight1.{e}" }
+out = { gate = "inner", up = "inner" }
+in = "hidden"
+ms_order = "in out"
+[[linear]]
+hf = "layers.{i}.mlp.experts.{e}.down_proj"
+ms = "decoder.layers.{i}.mlp.experts.weight2.{e}"
+out = "hidden"
+in = "inner"
+ms_order = "in out"
+"""
+
+
+def test_experts_go_from_peft_into_stacks_and_back(tmp_path: Path) -> None:
+    """weight1 gets A of gate and up one after another, B in blocks; weight2 the factors of down."""
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "toy_moe.toml").write_text(_two_stacks(EXPERTS))
+    sizes = {
+        "model_type": "toy_moe",
+        "hidden_size": 6,
+        "moe_intermediate_size": 5,
+        "num_hidden_layers": 1,
+        "num_experts": 3,
+    }
+    config = folder_with(tmp_path, sizes)
+    random = np.random.default_rng(1)
+    shapes = {"gate_proj": (5, 6), "up_proj": (5, 6), "down_proj": (6, 5)}
+    factors = {}
+    for e in range(3):
+        for name, (out, into) in shapes.items():
+            stem = f"base_model.model.layers.0.mlp.experts.{e}.{name}.lora_"
+            factors[f"{stem}A.weight"] = random.standard_normal((2, into)).astype(np.float32)
+            factors[f"{stem}B.weight"] = random.standard_normal((out, 2)).astype(np.float32)
+    (tmp_path / "peft").mkdir()
+    safetensors.numpy.save_file(factors, tmp_path / "peft" / "adapter_model.safetensors", {"format": "pt"})
+    about = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": list(shapes)}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(about))
+    options = ConvertOptions(target_dialect="pynative", family="toy_moe", config=config, mappings=tmp_path / "tables")
+    convert(tmp_path / "peft", tmp_path / "there", options)
+    made = safetensors.numpy.load_file(tmp_path / "there" / "adapter_model.safetensors")
+    at = "decoder.layers.0.mlp.experts."
+    assert {n.removeprefix(at): v.shape for n, v in made.items()} == {
+        "weight1_lora_a": (3, 6, 4), "weight1_lora_b": (3, 4, 10),
+        "weight2_lora_a": (3, 5, 4), "weight2_lora_b": (3, 4, 6),
+    }  # fmt: skip
+    for e in range(3):
+        stem = f"base_model.model.layers.0.mlp.experts.{e}."
+        delta = {n: factors[f"{stem}{n}.lora_B.weight"] @ factors[f"{stem}{n}.lora_A.weight"] * 2 for n in shapes}
+        wanted = {"weight1": np.concatenate([delta["gate_proj"], delta["up_proj"]]).T, "weight2": delta["down_proj"].T}
+        told = json.loads((tmp_path / "there" / "mindformers_adapter_config.json").read_text())["lora_config"]
+        scaling = told["lora_alpha"] / told["lora_rank"]
+        for name, value in wanted.items():
+            product = made[f"{at}{name}_lora_a"][e] @ made[f"{at}{name}_lora_b"][e]
+            np.testing.assert_allclose(scaling * product, value, rtol=1e-5, atol=1e-6)
+    convert(tmp_path / "there", tmp_path / "back", ConvertOptions(mappings=tmp_path / "tables"))
+    again = safetensors.numpy.load_file(tmp_path / "back" / "adapter_model.safetensors")
+    assert {n: v.tobytes() for n, v in again.items()} == {n: v.tobytes() for n, v in factors.items()}
+
+
+def _two_stacks(text: str) -> str:
+    """Spell the two stacks one by one."""
+    head, _, rest = text.partition("[[stack]]")
+    body, _, tail = rest.partition("[[linear]]")
+    stacks = "".join("[[stack]]" + body.replace("{n:weight1|weight2}", name) for name in ("weight1", "weight2"))
+    return head + stacks + "[[linear]]" + tail
