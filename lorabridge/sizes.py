@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-_TOKEN = re.compile(r"\s*(?:([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*)|([0-9]{1,9})|([*/]))")
+_TOKEN = re.compile(r"\s*(?:([A-Za-z_][A-Za-z0-9_]*(?:\.(?:[A-Za-z_][A-Za-z0-9_]*|[0-9]{1,3}))*)|([0-9]{1,9})|([*/]))")
 _LONGEST = 200
 _LARGEST = 2**48
 ANY = -1
@@ -120,13 +120,16 @@ def _tokens(text: str) -> list[tuple[str, str]]:
 
 
 def config_integer(config: Mapping[str, object], name: str) -> int | None:
-    """Return an integer field of a config, following dots into nested objects; None where absent or null.
+    """Return an integer field of a config, dots leading into nested objects and lists (``depths.0``); None where absent.
 
     An object or list counts its entries, so that ``id2label`` is the number of labels. Any other value is a SizeError.
     """
     value: object = config
     for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, list | tuple) and part.isdigit():
+            value = value[int(part)] if int(part) < len(value) else None
+        else:
+            value = value.get(part) if isinstance(value, Mapping) else None
     if value is None:
         return None
     if isinstance(value, Mapping | list | tuple):

@@ -238,7 +238,8 @@ def test_parts_that_do_not_divide_by_groups_are_found_with_the_config() -> None:
     ("text", "value"),
     [("a", 6), ("4 * a", 24), ("a / b", 3), ("a*b / 4", 3), ("x or a", 6), ("x or y or 7", 7), ("x * 2 or 5", 5),
      ("n.a or 3", 4), ("labels", 2), ("zero or a", None), ("b / a", None), ("x", None), ("a / zero", None),
-     ("999999999 * 999999999", None), ("flag", None), ("text", None)],
+     ("999999999 * 999999999", None), ("flag", None), ("text", None), ("labels.0", None), ("depths.1", 3),
+     ("depths", 2), ("depths.2 or 9", 9), ("stages.1.0", 5)],
 )  # fmt: skip
 def test_size_expressions(text: str, value: int | None) -> None:
     config = {
@@ -250,6 +251,8 @@ def test_size_expressions(text: str, value: int | None) -> None:
         "zero": 0,
         "flag": True,
         "text": "6",
+        "depths": [2, 3],
+        "stages": [[4], [5]],
     }
     size = Size.parse(text)
     if value is None:
