@@ -120,7 +120,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
 
 
 def config_integer(config: Mapping[str, object], name: str) -> int | None:
-    """Return an integer field of a config, dots leading into nested objects and lists (``depths.0``); None where absent.
+    """Return an integer field of a config, dots leading into objects and lists (``depths.0``); None where absent.
 
     An object or list counts its entries, so that ``id2label`` is the number of labels. Any other value is a SizeError.
     """
