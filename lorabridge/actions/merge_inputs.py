@@ -10,10 +10,12 @@ from pathlib import Path
 from .. import dialects
 from ..conversion.forward import dialect_named
 from ..conversion.repository import Input, open_input
-from ..dialects.adapter import Adapter, Dialect, Facts, LoraModule
-from ..errors import MappingError, UsageError
+from ..dialects.adapter import Adapter, Dialect, Extra, Facts, LoraModule
+from ..dialects.pairs import EMBEDDING_WEIGHTS
+from ..errors import LorabridgeError, MappingError, UsageError
 from ..families import tables
 from ..joined import Joined, prefixed
+from ..manifest import Manifest
 from ..merging.identity import MERGED_KEY, merged_mark
 from ..merging.landing import moved_prefix, parameter_of
 from ..merging.planning import Addition
@@ -126,6 +128,7 @@ def additions(given: Opened, base: Adapter, options: MergeOptions) -> list[Addit
             )
         adapter = prefixed(dialect.parse(one.content(facts)), label, one.source.specs)
         adapter = _as_peft_computes(adapter) if dialect.name == "peft" else adapter
+        adapter = _with_rows(adapter, kept)
         family = options.family or (kept.options.get("family") if kept else None)
         for part in _on_side(adapter, dialect, base, given, replace(options, family=family)):
             out.append(Addition(part, weight, str(one.path)))
@@ -156,9 +159,10 @@ def _on_side(
     """Rename through the family's table where the adapter is in the other framework's names."""
     known = {extra.name for extra in base.extras}
     moved, _ = moved_prefix(adapter, known)
-    if dialect.framework == given.origin.framework or _any_lands(moved, known):
+    told = options.family not in (None, "identity")
+    if dialect.framework == given.origin.framework or _lands(moved, known, whole=told):
         return [adapter]
-    if options.family in (None, "identity"):
+    if not told:
         raise UsageError(
             f"the adapter has {dialect.framework} names and the base has not",
             where=[adapter.modules[0].path if adapter.modules else given.labels[0]],
@@ -169,13 +173,41 @@ def _on_side(
     side = "hf" if given.origin.framework == "torch" else "ms"
     mapped = [
         tables.map_adapter(table, part, to=side, sizes=sizes, layout=options.layout)  # type: ignore[arg-type]
-        for part in _alike(adapter)
+        for part in _alike(_tokens_named(adapter, table, side, options))
     ]
     return mapped
 
 
-def _any_lands(adapter: Adapter, known: set[str]) -> bool:
-    return any(parameter_of(module.path, module.weight, known) for module in adapter.modules)
+def _tokens_named(adapter: Adapter, table: tables.Table, side: str, options: MergeOptions) -> Adapter:
+    """Call the embeddings of trained token rows as the table does: MindSpore's adapter files do not name them."""
+    extras = []
+    for extra in adapter.extras:
+        names = ("weight", *EMBEDDING_WEIGHTS) if extra.kind == "trainable_tokens" else (extra.parameter,)
+        choices = [replace(extra, parameter=name) for name in names]
+        extras.append(next((one for one in choices[1:] if _maps(one, table, side, options)), choices[0]))
+    return replace(adapter, extras=tuple(extras))
+
+
+def _maps(extra: Extra, table: tables.Table, side: str, options: MergeOptions) -> bool:
+    try:
+        tables.map_adapter(table, Adapter((), (extra,)), to=side, layout=options.layout)  # type: ignore[arg-type]
+    except LorabridgeError:
+        return False
+    return True
+
+
+def _lands(adapter: Adapter, known: set[str], *, whole: bool) -> bool:
+    """Say whether the adapter's names are the base's; with a table at hand all of them must be."""
+    found = [bool(parameter_of(module.path, module.weight, known)) for module in adapter.modules]
+    return bool(found) and (all(found) if whole else any(found))
+
+
+def _with_rows(adapter: Adapter, kept: Manifest | None) -> Adapter:
+    """Say which rows the trained tokens are for, where only the manifest does: MindSpore's files have no config."""
+    listed = kept.source.config.get("trainable_token_indices") if kept is not None and kept.source.config else None
+    if not listed or adapter.config.get("trainable_token_indices"):
+        return adapter
+    return replace(adapter, config={**adapter.config, "trainable_token_indices": listed})
 
 
 def _alike(adapter: Adapter) -> list[Adapter]:

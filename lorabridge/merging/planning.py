@@ -11,7 +11,7 @@ from ..dialects.adapter import Adapter, Extra, Json
 from ..dialects.peft_config import changes_base, unsupported_fields
 from ..errors import MappingError
 from . import ties
-from .landing import land, moved_prefix
+from .landing import land, moved_prefix, parameter_of
 from .repetition import LOST, homes, repeat_layers
 from .worksheet import Addition, Worksheet
 
@@ -141,7 +141,7 @@ def _take(work: Worksheet, addition: Addition) -> None:
         if extra.kind == "buffer":
             work.left_out += [(name, "a buffer, rebuilt by the model") for name in reads(extra.value)]
         elif extra.kind == "trainable_tokens":
-            _take_tokens(work, extra, adapter.config)
+            _take_tokens(work, extra, adapter)
         else:
             _replace(work, extra)
     before = len(work.landing.places)
@@ -182,21 +182,37 @@ def _resized(work: Worksheet, name: str, old: Expr, new: Expr) -> bool:
     return True
 
 
-def _take_tokens(work: Worksheet, extra: Extra, config: Json) -> None:
+def _take_tokens(work: Worksheet, extra: Extra, adapter: Adapter) -> None:
     """Find which rows of an embedding the adapter replaces."""
-    listed = config.get("trainable_token_indices")
-    by_path = listed if isinstance(listed, dict) else {"": listed}
-    fitting = [v for k, v in by_path.items() if not k or extra.path == k or extra.path.endswith(f".{k}")]
-    rows = [row for row in fitting[0] if isinstance(row, int)] if fitting and isinstance(fitting[0], list) else []
-    table = work.values.get(extra.name)
+    rows = _rows_of(extra, adapter)
+    name = parameter_of(extra.path, extra.parameter, work.values) or extra.name
+    table = work.values.get(name)
     inside = table is not None and rows and 0 <= min(rows) <= max(rows) < table.shape[0]
     if table is None or not inside or table.shape[1:] != extra.value.shape[1:]:
-        work.landing.refuse(f"{extra.name}: trained rows {rows[:5]} of {extra.value.shape} do not fit the base")
+        work.landing.refuse(f"{name}: trained rows {rows[:5]} of {extra.value.shape} do not fit the base")
         return
     if len(set(rows)) != len(rows) or len(rows) != extra.value.shape[0]:
-        work.landing.refuse(f"{extra.name}: {extra.value.shape[0]} trained rows for the indices {rows[:5]}")
+        work.landing.refuse(f"{name}: {extra.value.shape[0]} trained rows for the indices {rows[:5]}")
         return
-    work.tokens.append((extra.name, rows, extra.value))
+    work.tokens.append((name, rows, extra.value))
+
+
+def _rows_of(extra: Extra, adapter: Adapter) -> list[int]:
+    """Return the rows that the config lists for trained tokens; of another framework's names, the one that is left."""
+    listed = adapter.config.get("trainable_token_indices")
+    by_path = listed if isinstance(listed, dict) else {"": listed}
+    tokens = [one.path for one in adapter.extras if one.kind == "trainable_tokens"]
+
+    def names(key: str, path: str) -> bool:
+        return not key or path == key or path.endswith(f".{key}")
+
+    fitting = [rows for key, rows in by_path.items() if names(key, extra.path)]
+    if not fitting:
+        others = [rows for key, rows in by_path.items() if not any(names(key, path) for path in tokens)]
+        fitting = [rows for rows in others if isinstance(rows, list) and len(rows) == extra.value.shape[0]]
+        fitting = fitting if len(fitting) == 1 else []
+    first = fitting[0] if fitting else None
+    return [row for row in first if isinstance(row, int)] if isinstance(first, list) else []
 
 
 def _check_added(work: Worksheet) -> None:

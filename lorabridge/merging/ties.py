@@ -71,9 +71,15 @@ def _reached(work: Worksheet, additions: Sequence[Addition]) -> set[str]:
     items: list[LoraModule | Extra] = [m for a in additions for m in a.adapter.modules]
     items += [e for a in additions for e in a.adapter.extras]
     known = {*work.values, HEAD}
-    return {
-        parameter_of(item.path, item.weight, known) if isinstance(item, LoraModule) else item.name for item in items
-    }
+    return {_name_of(item, known) for item in items}
+
+
+def _name_of(item: LoraModule | Extra, known: set[str]) -> str:
+    """Return the base parameter that something of an adapter reaches."""
+    if isinstance(item, LoraModule):
+        return parameter_of(item.path, item.weight, known)
+    rows = item.kind == "trainable_tokens"
+    return parameter_of(item.path, item.parameter, known) or item.name if rows else item.name
 
 
 def _only_rows(additions: Sequence[Addition]) -> bool:
