@@ -13,6 +13,7 @@ from ..conversion import read_facts
 from ..conversion.forward import Settings, dialect_named
 from ..conversion.repository import Framework, Input, Output, framework_of, plan_output
 from ..conversion.selection import Selection
+from ..dialects import PIPELINES
 from ..dialects.adapter import OWN_ALPHA, Dialect, Fact, Facts
 from ..dialects.mindformers_config import states_alpha
 from ..dtypes import ALIASES, BY_NAME, DType
@@ -100,6 +101,8 @@ def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
     goal = _target_dialect(origin, kept, target, options)
     family = options.family or (kept.options.get("family") if kept and origin.framework != goal.framework else None)
     output = plan_output(target, framework=goal.framework, adapter=goal.name not in ("hf", "ms"), dialect=goal.name)
+    if goal.name in PIPELINES and output.format != "safetensors" and options.facts.get("*", "alpha_in") is None:
+        chosen = (*chosen, Fact("*", "alpha_in", "weights"))  # there is no other place for it
     if options.max_shard_size is not None and not output.directory:
         raise UsageError("--max-shard-size needs a directory", where=str(target), hint="end DST with a slash")
     _check_places(given, output)

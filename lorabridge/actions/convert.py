@@ -16,8 +16,9 @@ from ..axes import Expr, reads
 from ..conversion import execute, plan, wayback
 from ..conversion.forward import Forward, forward, options_text
 from ..conversion.repository import ADAPTER_CONFIG, MODEL_CONFIG, Input, files_of, open_input
-from ..dialects import CONFIGURED
+from ..dialects import CONFIGURED, PIPELINES
 from ..dialects.adapter import CARRIED, DIRECTORY, TITLE, Json, LoraModule
+from ..dialects.diffusers_write import METADATA
 from ..dialects.mindformers_config import config_files
 from ..distributed.assembled import Assembled
 from ..errors import MappingError, OutputError
@@ -139,11 +140,12 @@ def _forward_job(given: Input, choice: Choice, options: ConvertOptions) -> Job:
         settings = replace(settings, compress=found)
     made = forward(content, choice.origin, choice.goal, settings)
     _check_ties(given, made.ties)
+    _check_metadata(choice, made)
     unused = [*made.unused, *((name, "not selected") for name in made.unselected)]
     planned = plan.build(content.specs, made.outputs, unused, seed=wayback.seed(choice.goal.name))
     record = _record(given, choice, made, planned, options_text(settings))
     notes = [*made.notes, *(given.source.arrangement.notes if isinstance(given.source, Assembled) else ())]
-    if choice.crosses and choice.family is None:
+    if choice.crosses and choice.family is None and choice.goal.name not in PIPELINES:
         notes.append(
             "module paths are unchanged; --family gives another project's names (lorabridge inspect names tables)"
         )
@@ -188,6 +190,16 @@ def _container_metadata(choice: Choice, record: manifest.Manifest) -> dict[str, 
     if choice.output.format == "safetensors" and not choice.output.directory:
         metadata[manifest.METADATA_KEY] = manifest.dumps(record, data=False, indent=None)
     return metadata
+
+
+def _check_metadata(choice: Choice, made: Forward) -> None:
+    """Refuse to lose what a dialect says in safetensors metadata only."""
+    if METADATA in made.metadata and choice.output.format != "safetensors":
+        raise MappingError(
+            "alpha would be in the metadata of a safetensors file, and this container has none",
+            where=str(choice.output.target),
+            hint="write .safetensors, or multiply alpha into the factors with --alpha-in weights",
+        )
 
 
 def _check_ties(given: Input, ties: Sequence[tuple[str, str]]) -> None:

@@ -10,19 +10,27 @@ from dataclasses import replace
 
 from ..errors import UsageError
 from .adapter import Content, Dialect
+from .diffusers import MINDONE, Diffusers
 from .kohya import Kohya
 from .loralib import Loralib
 from .loralib_ms import LoralibMs
 from .mindformers import Mcore, Pynative
 from .mindnlp import Mindnlp
+from .mindone import GM, LAYERS
 from .mindpet import TK, Mindpet
 from .peft import Peft
 from .slora import Slora
 
 DIALECTS: tuple[Dialect, ...] = (
     Peft(), Loralib(), LoralibMs(), Mindpet(), TK, Mcore(), Pynative(), Slora(), Mindnlp(), Mindnlp("mindnlp-0.2"),
-    Kohya(),
+    Kohya(), Diffusers(), MINDONE, LAYERS, GM,
 )  # fmt: skip
+
+PIPELINES = frozenset({"diffusers", "mindone"})
+"""Dialects of whole pipelines: names are peft's behind a component, and alpha may go into B or into metadata."""
+
+SURE = PIPELINES | {"mindone-gm"}
+"""Dialects that share their factors' last names with others and claim a file by the paths before them."""
 
 CONFIGURED = frozenset({"peft", "mindnlp", "mindnlp-0.2"})
 """Dialects whose files mean nothing without the adapter_config.json that lies beside them in a directory."""
@@ -43,7 +51,7 @@ def detect(content: Content) -> list[tuple[str, str]]:
     Tensor names outrank the config: an adapter_config.json may travel with, or lie beside, a file of any dialect.
     """
     by_names = _claims(replace(content, config=None))
-    return by_names or _claims(content)
+    return [claim for claim in by_names if claim[0] in SURE] or by_names or _claims(content)
 
 
 def _claims(content: Content) -> list[tuple[str, str]]:

@@ -109,7 +109,7 @@ class _Entry:
             return True
         known, given = self.axes(), tuple(axes)
         kernels = self.kernel, tuple(n for n in given[2:] if n is not None)
-        if given[1] is not None and kernels[0] != kernels[1] and set((*kernels[0], *kernels[1])) != {1}:
+        if given[1] is not None and kernels[0] != kernels[1] and {*kernels[0], *kernels[1]} != {1}:
             return False
         return known is None or all(k in (ANY, a) or a is None for k, a in zip(known, given[:2], strict=True))
 
@@ -322,7 +322,7 @@ def _unknown(found: Mapping[str, Mapping[str, set[Place]]], names: Mapping[str, 
     lost = [name for name, places in found[best].items() if not places]
     rows = []
     for name in lost:
-        others = [place for place in _places(pipeline_named(best), name, None)]
+        others = list(_places(pipeline_named(best), name, None))
         shape = names[name]
         misfit = f": {others[0].path} has another shape than {_shown(shape)}" if others and shape else ""
         rows.append(f"{name}{misfit}")

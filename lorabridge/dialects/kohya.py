@@ -1,10 +1,10 @@
-"""kohya: the files of sd-scripts and LyCORIS, ``lora_unet_<path with _>.lora_down.weight``, ``.lora_up.weight``, ``.alpha``.
+"""kohya: the files of sd-scripts and LyCORIS, ``lora_unet_<path with _>.lora_down.weight``, ``.lora_up.weight``.
 
 The scaling of a module is ``alpha / rank``; without an alpha, and with an alpha of 0, it is 1, which is sd-scripts' own
-rule. See ``flattened`` for the names and ``lycoris`` for the kinds. ``dora_scale`` is DoRA's magnitude ``[out, 1, ...]``;
-older files of LyCORIS have ``[1, in, ...]``, one per input, which nothing else knows. Paths in the hub are diffusers',
-with the component before them: ``unet.``, ``text_encoder.``, ``text_encoder_2.``, ``transformer.``.
-"""  # fmt: skip
+rule. See ``flattened`` for the names and ``lycoris`` for the kinds. ``dora_scale`` is DoRA's magnitude
+``[out, 1, ...]``; older files of LyCORIS have ``[1, in, ...]``, one per input, which nothing else knows. Paths in the
+hub are diffusers', with the component before them: ``unet.``, ``text_encoder.``, ``text_encoder_2.`` ...
+"""
 
 from __future__ import annotations
 

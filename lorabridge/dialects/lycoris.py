@@ -6,14 +6,14 @@
 | with a core | and ``lora_mid.weight[r, r, *k]``; down ``[r, in, 1, ...]`` | ``up[o, p] mid[p, q, *k] down[q, i]`` |
 | LoHa | ``hada_w1_a[out, r]``, ``hada_w1_b[r, in * k]``, ``hada_w2_a``, ``hada_w2_b`` | ``(w1_a w1_b) * (w2_a w2_b)`` |
 | with cores | ``hada_t1[r, r, *k]``, ``hada_t2``; a ``[r, out]``, b ``[r, in]`` | each product as the core says |
-| LoKr | ``lokr_w1[m, n]`` or ``_a[m, r]``, ``_b[r, n]``; ``lokr_w2[p, q, *k]`` or ``_a``, ``_b``, ``lokr_t2`` | ``kron(w1, w2)`` |
+| LoKr | ``lokr_w1[m, n]`` or ``_a``, ``_b``; ``lokr_w2[p, q, *k]`` or ``_a``, ``_b``, ``lokr_t2`` | ``kron(w1, w2)`` |
 | full | ``diff[out, in, *k]`` | itself |
 
 The scaling is ``alpha / r`` (LyCORIS' rank-stabilised option is folded into the stored alpha), 1 for ``diff`` and for a
 LoKr of two whole matrices. Sources: sd-scripts of 2026-02 (``networks/lora.py``), LyCORIS 3.2 (``lycoris/modules``).
 Everything but plain LoRA is the product of other matrices, so it becomes LoRA only on request (``as = lora``),
 exactly, of the rank that this takes; ``products`` says which. A core alone keeps its rank: it is contracted at once.
-"""  # fmt: skip
+"""
 
 from __future__ import annotations
 
