@@ -37,6 +37,10 @@ class ExpertFactors:
         """How many experts there are."""
         return self.a.shape[0]
 
+    def apart(self) -> tuple[LoraModule, ...]:
+        """Return one module per expert, those with factors of zeros included."""
+        return experts_apart(self.parameter, self.a, self.b, self.scaling, fan_in_fan_out=self.fan_in_fan_out)
+
 
 def item_path(parameter: str, number: int) -> str:
     """Return the path of one expert's module: the stored tensor's name and the number."""

@@ -32,7 +32,6 @@ KNOWN = frozenset(DEFAULTS) | {
 REFUSED = {
     "use_qalora": "QALoRA's A acts on pooled inputs",
     "use_bdlora": "BD-LoRA stores compact diagonal blocks",
-    "target_parameters": "the tensor names do not say which parameter a pair of factors belongs to",
     "enable_lora": "peft 0.2 stored grouped factors for fused projections",
 }
 """Fields whose factors are not those of the hub."""
@@ -73,6 +72,7 @@ class Settings:
     tokens: Mapping[str, int]
     rank_keys: KeyTable
     alpha_keys: KeyTable
+    target_parameters: tuple[str, ...] = ()
 
     def rank_of(self, path: str) -> int | None:
         """Return a module's rank: the first matching key of rank_pattern, else ``r``."""
@@ -84,11 +84,25 @@ class Settings:
         keys = self.alpha_keys.matching(path)
         return self.alpha_pattern[keys[0]] if keys else self.alpha_pattern.get(path, self.alpha)
 
+    def parameters_of(self, path: str) -> list[str]:
+        """Return the parameters of a module that target_parameters may name, sorted."""
+        return targets_of(self.target_parameters, path)
+
     def saves(self, path: str) -> bool:
         """Say whether modules_to_save covers a module or one of its parents; peft compares ends of paths."""
         levels = path.split(".")
         parents = [".".join(levels[: i + 1]) for i in range(len(levels))]
         return any(parent.endswith(saved) for parent in parents for saved in self.modules_to_save)
+
+
+def targets_of(targets: Iterable[str], path: str) -> list[str]:
+    """Return which parameters of a module target_parameters may name, sorted; peft compares ends of names."""
+    found = set()
+    for target in targets:
+        module, _, parameter = target.rpartition(".")
+        if not module or path == module or path.endswith(f".{module}"):
+            found.add(parameter)
+    return sorted(found)
 
 
 def read_settings(config: Json | None, where: str) -> Settings:
@@ -119,6 +133,7 @@ def read_settings(config: Json | None, where: str) -> Settings:
         tokens=_tokens(config.get("trainable_token_indices"), issues),
         rank_keys=KeyTable(ranks),
         alpha_keys=KeyTable(alphas),
+        target_parameters=_names(config, "target_parameters", issues),
     )
     if issues:
         raise MappingError(

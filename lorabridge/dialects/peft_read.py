@@ -10,6 +10,7 @@ from ..errors import MappingError, counted
 from ..tensors import TensorSpec
 from .adapter import Content, Extra, ExtraKind, LoraModule, ModuleKind, Scaling, Term, Value
 from .peft_config import Settings
+from .peft_parameters import is_plain, read_parameters
 from .peft_patterns import KeyTable
 from .prefixes import PeftName, PeftNames, Role, has_marker
 
@@ -51,20 +52,33 @@ class Reader:
     def modules(self) -> tuple[LoraModule, ...]:
         """Pair the factors, sorted by module path."""
         groups: dict[str, Parts] = {}
+        nested: dict[str, dict[int, Parts]] = {}
         for name in self.names.names:
             if name.role in _FACTORS:
-                groups.setdefault(name.path, {})[name.role, name.parameter] = self.content.specs[name.name]
+                parts = nested.setdefault(name.path, {}).setdefault(name.nested, {})
+                parts[name.role, name.parameter] = self.content.specs[name.name]
+                groups[name.path] = nested[name.path][min(nested[name.path])]
                 if name.wrapped and name.role in ("A", "B") and name.path.endswith(".out_proj"):
                     self.attention.add(name.path.removesuffix(".out_proj"))
         self.adapted = set(groups)
-        found = [self._module(path, groups[path]) for path in sorted(groups)]
-        modules = tuple(module for module in found if module is not None)
+        modules = tuple(module for path in sorted(groups) for module in self._modules_of(path, nested[path]))
         self._check_attention(groups)
         self._warn_ambiguous("rank_pattern", self.settings.rank_pattern, self.settings.rank_keys)
         self._warn_ambiguous("alpha_pattern", self.settings.alpha_pattern, self.settings.alpha_keys)
         return tuple(
             replace(module, fan_in_fan_out=order) for module, order in zip(modules, self._orders(modules), strict=True)
         )
+
+    def _modules_of(self, path: str, levels: Mapping[int, Parts]) -> list[LoraModule]:
+        """Return what peft put around one module: a layer, or layers around its parameters, the last one outermost."""
+        names = self.settings.parameters_of(path)
+        if set(levels) == {0} and (not names or is_plain(path, levels[0], names, self.settings)):
+            module = self._module(path, levels[0])
+            return [] if module is None else [module]
+        found = read_parameters(path, levels, names, self.settings, self.content.facts)
+        self.issues += found.problems
+        self.without_alpha += found.without_alpha
+        return list(found.modules)
 
     def _module(self, path: str, parts: Parts) -> LoraModule | None:
         linear = [parts.get((role, "weight")) for role in ("A", "B")]
@@ -147,7 +161,7 @@ class Reader:
         peft's config has one value, which ends up as that of the layer type wrapped last, so that it says nothing
         where Conv1D and Linear are both adapted.
         """
-        linear = [m for m in modules if m.kind == "linear" and m.weight == "weight"]
+        linear = [m for m in modules if m.kind == "linear" and m.weight == "weight" and m.stack is None]
         like_conv1d = {m.path.rpartition(".")[2] in HF_CONV1D for m in linear}
         shared = self.settings.fan_in_fan_out
         if len(like_conv1d) == 2:
@@ -157,6 +171,8 @@ class Reader:
             given = self.content.facts.get(module.path, "fan_in_fan_out")
             if isinstance(given, bool):
                 orders.append(given)
+            elif module.stack is not None:
+                orders.append(module.fan_in_fan_out)
             else:
                 orders.append(shared if module.kind == "linear" and module.weight == "weight" else None)
         return orders
@@ -172,7 +188,8 @@ class Reader:
                 )
         for name in self.names.names:
             linear = name.role in ("A", "B") and name.path.rpartition(".")[0] in self.attention
-            if name.role in _FACTORS and name.wrapped and not linear:
+            inside = name.wrapped and not name.nested
+            if name.role in _FACTORS and inside and not linear:
                 self.issues.append(f"{name.name}: factors below a base_layer that is no attention")
 
     def _warn_ambiguous(self, which: str, pattern: Mapping[str, int | float], table: KeyTable) -> None:

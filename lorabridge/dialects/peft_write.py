@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from ..axes import Expr, zeros
 from ..errors import MappingError
 from .adapter import Adapter, Extra, Facts, LoraModule, Value, Written
+from .experts import ExpertFactors, experts_together
 from .peft_config import DEFAULTS, changes_base, read_settings, selected
+from .peft_parameters import by_module, nested, parameter_fields, spelled, stand_in
 from .peft_scaling import scaling_fields
 from .spelling import name_tables
 
@@ -23,21 +25,30 @@ def write(adapter: Adapter, facts: Facts) -> Written:
     say; a higher ``rank`` in ``facts`` pads with zeros. Fields of ``adapter.config`` that still describe the adapter
     are kept as they are; who drops modules calls :func:`of_part` first.
     """
-    modules, notes = _pairs(adapter, facts)
+    modules, stacks, notes = _pairs(adapter, facts)
     _refuse(modules, adapter.extras)
+    _refuse_stacks(modules, stacks)
     modules, filled = _with_bias(modules)
     extras = name_tables(adapter, "weight")
-    spelling = _Spelling.of(modules, extras)
+    spelling = _Spelling.of(modules, stacks, extras)
     tensors = [item for module in modules for item in spelling.factors(module)]
+    tensors += [item for factors in stacks for item in spelling.stack(factors)]
     tensors += [(spelling.extra(extra), extra.value) for extra in extras]
     _refuse_twins([name for name, _ in tensors])
-    fields, scaled = scaling_fields(modules, spelling.attention, adapter.config)
+    named = [*modules, *(stand_in(factors) for factors in stacks)]
+    fields, scaled = scaling_fields(named, spelling.attention, adapter.config)
+    more, changed = parameter_fields(stacks, adapter.config)
     config: dict[str, Value] = {**DEFAULTS, **adapter.config, "peft_type": "LORA", **fields}
     config.update(_flags(modules, adapter))
-    config.update(_targets(modules, spelling.attention, adapter.config))
+    if modules or not stacks:
+        config.update(_targets(modules, spelling.attention, adapter.config))
+    elif config["target_modules"]:
+        config["target_modules"] = None
     config.update(_beside(adapter))
-    named = sorted(tensors, key=lambda item: item[0])
-    return Written(named, config, notes=(*notes, *filled, *scaled), modules=modules)
+    config.update(more)
+    modules += [item for factors in stacks for item in factors.apart()]
+    ordered = sorted(tensors, key=lambda item: item[0])
+    return Written(ordered, config, notes=(*notes, *filled, *scaled, *changed), modules=modules)
 
 
 def of_part(adapter: Adapter) -> Adapter:
@@ -49,7 +60,14 @@ def of_part(adapter: Adapter) -> Adapter:
     """
     kinds = {extra.kind for extra in adapter.extras}
     config = dict(adapter.config)
-    gone = ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"]
+    gone = [
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+    ]
     if "trainable_tokens" not in kinds:
         gone.append("trainable_token_indices")
     if "modules_to_save" not in kinds and config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
@@ -58,8 +76,8 @@ def of_part(adapter: Adapter) -> Adapter:
     return replace(adapter, config=config)
 
 
-def _pairs(adapter: Adapter, facts: Facts) -> tuple[list[LoraModule], list[str]]:
-    """Make every module one pair of factors, and say where the rank grew."""
+def _pairs(adapter: Adapter, facts: Facts) -> tuple[list[LoraModule], list[ExpertFactors], list[str]]:
+    """Make every module one pair of factors, put experts together, and say where the rank grew."""
     from .factors import pad_rank, single_pair
 
     modules, notes = [], []
@@ -80,7 +98,35 @@ def _pairs(adapter: Adapter, facts: Facts) -> tuple[list[LoraModule], list[str]]
             where=notes,
             hint="convert the adapter to plain LoRA in peft first (path_initial_model_for_weight_conversion)",
         )
-    return modules, notes
+    plain, stacks = experts_together(modules)
+    for factors in stacks:
+        if factors.untrained:
+            said = ", ".join(map(str, factors.untrained[:5])) + ("..." if len(factors.untrained) > 5 else "")
+            notes.append(f"{factors.parameter}: experts {said} got factors of zeros")
+    return plain, stacks, notes
+
+
+def _refuse_stacks(modules: Sequence[LoraModule], stacks: Sequence[ExpertFactors]) -> None:
+    """Raise for what peft's layers around parameters cannot stand beside."""
+    if not stacks:
+        return
+    issues = [
+        f"{m.path}: has a DoRA magnitude, which is one switch for all" for m in modules if m.magnitude is not None
+    ]
+    issues += [f"{m.path}: has a bias of B, which is one switch for all" for m in modules if m.lora_bias is not None]
+    issues += [f"{m.path}: is stored [in, out], which is one switch for all" for m in modules if m.fan_in_fan_out]
+    paths = {module.path for module in modules}
+    for module, parameters in by_module(stacks).items():
+        if nested(parameters) is None:
+            issues.append(f"{module}: the order of its parameters {', '.join(parameters)} is not known")
+        if module in paths:
+            issues.append(f"{module}: peft adapts a module or its parameters")
+    if issues:
+        raise MappingError(
+            "peft cannot adapt stacked experts beside these modules",
+            where=issues,
+            hint="convert them separately with --include, or merge the adapter instead",
+        )
 
 
 def _refuse(modules: Sequence[LoraModule], extras: Sequence[Extra]) -> None:
@@ -147,14 +193,27 @@ class _Spelling:
     adapted: frozenset[str]
     attention: frozenset[str]
     tokens: frozenset[str]
+    depths: Mapping[str, int]
 
     @classmethod
-    def of(cls, modules: Sequence[LoraModule], extras: Sequence[Extra]) -> _Spelling:
+    def of(
+        cls, modules: Sequence[LoraModule], stacks: Sequence[ExpertFactors], extras: Sequence[Extra]
+    ) -> _Spelling:  # fmt: skip
+        depths: dict[str, int] = {}
+        for parameters in by_module(stacks).values():
+            depths |= nested(parameters) or {}
         return cls(
-            frozenset(m.path for m in modules),
+            frozenset({m.path for m in modules} | set(by_module(stacks))),
             frozenset(m.path for m in modules if m.weight == "in_proj_weight"),
             frozenset(e.path for e in extras if e.kind == "trainable_tokens"),
+            depths,
         )
+
+    def stack(self, factors: ExpertFactors) -> list[tuple[str, Expr]]:
+        """Spell the factors around one parameter."""
+        layer = self.layer(factors.parameter.rpartition(".")[0]) + ".base_layer" * self.depths[factors.parameter]
+        a, b = spelled(factors)
+        return [(f"{layer}.lora_A.weight", a), (f"{layer}.lora_B.weight", b)]
 
     def layer(self, path: str) -> str:
         """Spell the place of peft's own layer for a module."""

@@ -33,6 +33,7 @@ class PeftName:
     ``path``: the module's path without wrappers and prefixes, ``base_layer`` levels included only where they separate
     nn.MultiheadAttention from its ``out_proj``. ``parameter``: "weight", "bias" ... or the name of a variant's tensor.
     ``adapter``: the adapter's name where the tensor name has one. ``wrapped``: a ``base_layer`` level was removed.
+    ``nested``: how many of them stood directly before a factor: layers that peft put around one module's parameters.
     """
 
     name: str
@@ -41,6 +42,7 @@ class PeftName:
     parameter: str
     adapter: str = ""
     wrapped: bool = False
+    nested: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,14 +181,11 @@ def _factor(name: str, levels: tuple[str, ...]) -> PeftName | None:
         if head[-1:] != ("token_adapter",):
             return None
         head = head[:-1]
-    if head[-1:] == ("base_layer",):
-        raise MappingError(
-            "the file adapts several parameters of one module (target_parameters), which lorabridge cannot tell apart",
-            where=name,
-            hint="merge the adapter in peft with merge_and_unload",
-        )
+    nested = 0
+    while head[-1:] == ("base_layer",):
+        head, nested = head[:-1], nested + 1
     path, wrapped = _path(head)
-    return PeftName(name, path, role, parameter, rest[0] if rest else "", wrapped)
+    return PeftName(name, path, role, parameter, rest[0] if rest else "", wrapped, nested)
 
 
 def _plain(name: str, levels: tuple[str, ...]) -> PeftName:
@@ -230,9 +229,9 @@ def _settle(name: PeftName, adapter: str) -> PeftName:
 
 
 def _refuse_twins(names: Iterable[PeftName]) -> None:
-    groups: dict[tuple[str, str, str, bool, str], list[str]] = {}
+    groups: dict[tuple[str, str, str, bool, str, int], list[str]] = {}
     for name in names:
-        key = (name.path, name.role, name.parameter, name.wrapped and name.role == "plain", name.adapter)
+        key = (name.path, name.role, name.parameter, name.wrapped and name.role == "plain", name.adapter, name.nested)
         groups.setdefault(key, []).append(name.name)
     twins = [" and ".join(group) for group in groups.values() if len(group) > 1]
     if twins:

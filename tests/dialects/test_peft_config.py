@@ -198,7 +198,6 @@ def refusal(config: Json) -> MappingError:
     [
         ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}),
-        ("target_parameters", ["w"]),
         ("enable_lora", [True, False]),
     ],
 )

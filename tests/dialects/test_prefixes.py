@@ -78,7 +78,6 @@ def test_removing_module_from_names_without_a_prefix_is_said() -> None:
         (("q.lora_A.weight", "k.lora_A.a.weight", "head.modules_to_save.a.weight"), r"2 adapters: \(no name\), a"),
         (("q.lora_A.weight", "_orig_mod.q.lora_A.weight"), "twice"),
         (("q.base_layer.weight", "_orig_mod.q.base_layer.weight", "q.lora_A.default.weight"), "twice"),
-        (("x.base_layer.lora_A.weight", "x.lora_A.weight"), "target_parameters"),
         (("base_model.model.q.lora_E", "base_model.model.q.lora_A"), "AdaLoRA"),
         (("base_model.model.q.hada_w1_a",), "LoHa"),
         (("base_model.model.q.ia3_l",), "IA3"),
