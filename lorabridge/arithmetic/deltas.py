@@ -47,7 +47,7 @@ class Factors:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """One exact product: ``left @ right`` on an interval of rows and of columns."""
 
     left: Matrix
@@ -57,7 +57,7 @@ class _Part:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rest:
+class Rest:
     """What a part lacks: ``left[0] @ right[1].T + left[1] @ right[0].T``, where 0 are its factors and 1 their residues.
 
     ``left``: each ``[rows, rank]``, ``right``: each ``[columns, rank]``.
@@ -95,10 +95,10 @@ class Delta:
     """
 
     shape: tuple[int, int]
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
     scaling: float
     dense: bool
-    rest: tuple[_Rest, ...] = ()
+    rest: tuple[Rest, ...] = ()
     bound: float = math.nan
     doubt: float = math.nan
 
@@ -145,9 +145,7 @@ class Delta:
     def columns(self, start: int, stop: int) -> Matrix:
         """Return columns [start, stop) of all rows: the same bits as :meth:`rows` gives for them."""
         narrow = [
-            _Part(
-                part.left, part.right[:, max(start - low, 0) : stop - low], part.rows, (max(start, low) - start, high)
-            )
+            Part(part.left, part.right[:, max(start - low, 0) : stop - low], part.rows, (max(start, low) - start, high))
             for part in self.parts
             if (low := part.columns[0]) < stop and (high := min(stop, part.columns[1]) - start) > 0
         ]
@@ -186,10 +184,10 @@ def prepare(
     return Delta(shape, tuple(parts), scaling / folded, dense, tuple(rest), bound, 0.0 if exact else doubt)
 
 
-def _joined(rest: _Rest) -> _Part:
+def _joined(rest: Rest) -> Part:
     """Return a rest as one product: residues have at most 23 bits, so twice as many products add up exactly."""
     (left, fine), (right, small) = rest.left, rest.right
-    return _Part(np.hstack([left, fine]), np.ascontiguousarray(np.hstack([small, right]).T), rest.rows, rest.columns)
+    return Part(np.hstack([left, fine]), np.ascontiguousarray(np.hstack([small, right]).T), rest.rows, rest.columns)
 
 
 def _longest(x: Matrix) -> float:
@@ -202,7 +200,7 @@ def _longest(x: Matrix) -> float:
     return top * math.sqrt(float(np.max(np.add.reduce(scaled, axis=0)))) * _ABOVE
 
 
-def _dense(parts: Sequence[_Part], shape: tuple[int, int]) -> bool:
+def _dense(parts: Sequence[Part], shape: tuple[int, int]) -> bool:
     rows = np.zeros(shape[0], bool)
     columns = np.zeros(shape[1], bool)
     for part in parts:
@@ -258,7 +256,7 @@ def _separate(b: Matrix, a: Matrix) -> list[tuple[Matrix, Matrix]]:
 
 def _products(
     b: Matrix, a: Matrix, start: int, scaling: float, transposed: bool
-) -> tuple[list[_Part], list[_Rest], tuple[float, float]]:  # fmt: skip
+) -> tuple[list[Part], list[Rest], tuple[float, float]]:  # fmt: skip
     """Return the exact products of the high parts, and those of high parts with residues, whose sum is ``b @ a``.
 
     The numbers bound the elements of the former and of the latter.
@@ -275,12 +273,12 @@ def _products(
     for k in range(0, a.shape[0], SLICE):
         x0, x1, y0, y1 = (np.ascontiguousarray(x[k : k + SLICE].T) for x in (b0, b1, a0, a1))
         if transposed:
-            main.append(_Part(y0, b0[k : k + SLICE], columns, where))
+            main.append(Part(y0, b0[k : k + SLICE], columns, where))
         else:
-            main.append(_Part(x0, a0[k : k + SLICE], where, columns))
+            main.append(Part(x0, a0[k : k + SLICE], where, columns))
         if lacking:
             rest.append(
-                _Rest((y0, y1), (x0, x1), columns, where) if transposed else _Rest((x0, x1), (y0, y1), where, columns)
+                Rest((y0, y1), (x0, x1), columns, where) if transposed else Rest((x0, x1), (y0, y1), where, columns)
             )
     largest = _longest(b0), _longest(a0)
     return main, rest, (largest[0] * largest[1], largest[0] * _longest(a1) + _longest(b1) * largest[1])

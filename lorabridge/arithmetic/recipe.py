@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
 from ..axes import Compute, Expr, Join, Read, Reshape, Slice, cut, reshape
 
@@ -21,13 +22,15 @@ class Update:
     """One module's delta: ``scaling`` times the sum of its terms.
 
     ``starts``: the first output row of each term, whose operands are ``a`` and ``b``, or ``b`` alone ("vector": a
-    bias, whose columns are one). ``magnitude``: a last operand normalises the sum (DoRA).
+    bias, whose columns are one). ``magnitude``: a last operand normalises the sum (DoRA). ``item``: the delta
+    is that of one matrix of a stack: its first row in the stored weight, and how many it has; ``starts`` count in it.
     """
 
     scaling: float
     starts: tuple[int, ...]
     vector: bool = False
     magnitude: bool = False
+    item: tuple[int, int] | None = None
 
     @property
     def operands(self) -> int:
@@ -39,9 +42,8 @@ class Update:
 class Recipe:
     """How a weight and its updates become the merged weight.
 
-    ``name``: the weight's name in the base. ``transposed``: the matrix is ``[columns, height]``, the transpose of the
-    deltas. ``first``: the matrix row that this part begins with; ``rows``: how many the whole has. ``exact``: deltas
-    to 48 bits.
+    ``name``: the weight's name in the base. ``transposed``: the matrix (or each item of a stack) is ``[columns,
+    height]``, the transpose of the deltas. ``rows``: how many the whole has; ``exact``: deltas to 48 bits.
     """
 
     name: str
@@ -60,16 +62,30 @@ def node(recipe: Recipe, weight: Expr, operands: Sequence[Expr]) -> Compute:
     """Return the merged weight as an expression; ``weight`` is a matrix, and so is the result."""
     if len(weight.shape) != 2 or sum(update.operands for update in recipe.updates) != len(operands):
         raise ValueError(f"{recipe.name}: the recipe does not fit its operands")
-    params = (("recipe", json.dumps(asdict(recipe), separators=(",", ":"))), ("first", 0))
+    params = (("recipe", json.dumps(described(recipe), separators=(",", ":"))), ("first", 0))
     return Compute(KERNEL, (weight, *operands), params, "", weight.dtype, weight.shape)
+
+
+def described(recipe: Recipe) -> dict[str, object]:
+    """Return a recipe as plain values."""
+    plain = asdict(recipe)
+    for update in plain["updates"]:
+        if update["item"] is None:
+            del update["item"]
+    return plain
 
 
 def recipe_of(expr: Compute) -> tuple[Recipe, int]:
     """Return a node's recipe and the first row of the part that it makes."""
     params = dict(expr.params)
     raw = json.loads(str(params["recipe"]))
-    updates = tuple(Update(**{**u, "starts": tuple(u["starts"])}) for u in raw.pop("updates"))
+    updates = tuple(_update(update) for update in raw.pop("updates"))
     return Recipe(updates=updates, **raw), int(params["first"])
+
+
+def _update(raw: dict[str, Any]) -> Update:
+    first, rows = raw.pop("item", (0, 0))
+    return Update(**{**raw, "starts": tuple(raw["starts"])}, item=(first, rows) if rows else None)
 
 
 def is_merge(expr: Expr) -> bool:

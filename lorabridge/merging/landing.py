@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..arithmetic.recipe import Update
@@ -52,15 +52,22 @@ def moved_prefix(adapter: Adapter, base: Iterable[str]) -> tuple[Adapter, str]:
     Transformers saves a model's body without the prefix that it has under a head, and loads it under either.
     """
     known = set(base)
-    paths = [module.path for module in adapter.modules if module.path.partition(".")[0] not in HEADS]
-    if not paths or any(parameter_of(path, "weight", known) for path in paths):
+    modules = [module for module in adapter.modules if module.path.partition(".")[0] not in HEADS]
+    if not modules or any(home_of(module, known) for module in modules):
         return adapter, ""
     for prefix in PREFIXES:
-        if all(path.startswith(prefix) and parameter_of(path[len(prefix) :], "weight", known) for path in paths):
-            return _renamed(adapter, prefix, ""), f"the base's names lack the prefix {prefix!r} of the adapter's"
-        if all(parameter_of(prefix + path, "weight", known) for path in paths):
-            return _renamed(adapter, "", prefix), f"the base's names have the prefix {prefix!r} before the adapter's"
+        if all(module.path.startswith(prefix) for module in modules):
+            shorter = _renamed(adapter, prefix, "")
+            if _all_land(shorter, known):
+                return shorter, f"the base's names lack the prefix {prefix!r} of the adapter's"
+        longer = _renamed(adapter, "", prefix)
+        if _all_land(longer, known):
+            return longer, f"the base's names have the prefix {prefix!r} before the adapter's"
     return adapter, ""
+
+
+def _all_land(adapter: Adapter, known: set[str]) -> bool:
+    return all(home_of(module, known) for module in adapter.modules if module.path.partition(".")[0] not in HEADS)
 
 
 def _renamed(adapter: Adapter, old: str, new: str) -> Adapter:
@@ -71,9 +78,22 @@ def _renamed(adapter: Adapter, old: str, new: str) -> Adapter:
 
     return replace(
         adapter,
-        modules=tuple(replace(module, path=name(module.path)) for module in adapter.modules),
+        modules=tuple(_moved(module, name) for module in adapter.modules),
         extras=tuple(replace(extra, path=name(extra.path)) for extra in adapter.extras),
     )
+
+
+def _moved(module: LoraModule, name: Callable[[str], str]) -> LoraModule:
+    stack = module.stack
+    if stack is not None:
+        stack = replace(stack, parameter=name(stack.parameter))
+    return replace(module, path=name(module.path), stack=stack)
+
+
+def home_of(module: LoraModule, known: Iterable[str] | Mapping[str, object]) -> str:
+    """Return the full name of the parameter that a module adds to in a base, the stack of an expert included."""
+    name = parameter_of(module.path, module.weight, known)
+    return module.stack.parameter if not name and module.stack and module.stack.parameter in known else name
 
 
 def parameter_of(path: str, weight: str, known: Iterable[str] | Mapping[str, object]) -> str:
@@ -90,7 +110,10 @@ def land(
     ``shapes``: of the base's parameters. ``weight``: multiplies every delta. A square matrix is stored as the module
     says, where that is true of the matrices that show it; where nothing is said, as all other matrices are.
     """
-    found = [(module, parameter_of(module.path, module.weight, shapes)) for module in modules]
+    found = [(module, home_of(module, shapes)) for module in modules]
+    experts = [module for module, name in found if module.stack is not None and name == module.stack.parameter]
+    _land_experts(experts, shapes, weight, into)
+    found = [(module, name) for module, name in found if module.stack is None or name != module.stack.parameter]
     seen: dict[bool | None, set[bool]] = {True: set(), False: set(), None: set()}
     for module, name in found:
         order = _order(module, shapes[name]) if name else None
@@ -162,6 +185,50 @@ def _place(
         operands.append(module.magnitude)
     update = Update(module.scaling.value * weight, starts, magnitude=module.magnitude is not None)
     return Place(name, (view[0], view[1]), transposed, update, tuple(operands))
+
+
+def _land_experts(
+    modules: Sequence[LoraModule], shapes: Mapping[str, tuple[int, ...]], weight: float, into: Landing
+) -> None:  # fmt: skip
+    """Find the items of stacks ``[experts, out, in]`` or ``[experts, in, out]``, whose first two axes may be joined.
+
+    A square matrix is stored as the module says, else as those of the adapter's other experts that show it.
+    """
+    shown = {order for module in modules if (order := _item_order(module, shapes)) is not None}
+    for module in modules:
+        assert module.stack is not None
+        name, number = module.stack.parameter, module.stack.number
+        shape, wanted = shapes[name], (module.out, module.terms[0].a.shape[-1])
+        transposed = _item_order(module, shapes)
+        if transposed is None and wanted[0] == wanted[1]:
+            transposed = _square(module, shown, into)
+        rows = wanted[1] if transposed else wanted[0]
+        columns = wanted[0] if transposed else wanted[1]
+        whole = math.prod(shape[:-1]), shape[-1] if shape else 0
+        if len(shape) not in (2, 3) or whole[1] != columns or whole[0] % rows or shape[-2] not in (rows, whole[0]):
+            into.refuse(f"{name}: has shape {shape}, but the factors of each expert make {wanted[0]} x {wanted[1]}")
+        elif (number + 1) * rows > whole[0]:
+            into.refuse(f"{name}: has {whole[0] // rows} experts, none with the number {number}")
+        elif module.magnitude is not None or module.lora_bias is not None:
+            into.refuse(f"{module.path}: an expert in a stack takes a plain delta, no DoRA and no bias", _UNSTACKED)
+        else:
+            starts = tuple(term.start for term in module.terms)
+            operands = tuple(expr for term in module.terms for expr in (term.a, term.b))
+            update = Update(module.scaling.value * weight, starts, item=(number * rows, rows))
+            into.places.append(Place(name, whole, bool(transposed), update, operands))
+
+
+_UNSTACKED = "merge into a base that stores every expert by itself"
+
+
+def _item_order(module: LoraModule, shapes: Mapping[str, tuple[int, ...]]) -> bool | None:
+    """Say whether an item of a stack is stored [in, out]; None where its shape does not show it."""
+    assert module.stack is not None
+    shape = shapes[module.stack.parameter]
+    out, inner = module.out, module.terms[0].a.shape[-1]
+    if out == inner or not shape or shape[-1] not in (out, inner):
+        return None
+    return shape[-1] == out
 
 
 def _square(module: LoraModule, seen: set[bool], into: Landing) -> bool | None:

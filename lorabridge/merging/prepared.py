@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
+from typing import TypeVar
 
 import numpy as np
 
-from ..arithmetic.deltas import Delta, Factors, Matrix, prepare
+from ..arithmetic.deltas import Delta, Factors, Matrix, Part, Rest, prepare
 from ..arithmetic.recipe import Recipe, Update
+
+_T = TypeVar("_T", Part, Rest)
 
 READY = 4
 """How many weights' deltas stay ready; blocks of one weight follow each other."""
@@ -43,15 +46,52 @@ class Prepared:
 
 
 def deltas_of(recipe: Recipe, columns: int, operands: Sequence[Matrix]) -> tuple[Delta, ...]:
-    """Return the delta of each update; ``columns``: of the matrix, ``operands``: their numbers."""
-    height = columns if recipe.transposed else recipe.rows
-    found, at = [], 0
+    """Return the deltas to add, in this order; ``columns``: of the matrix, ``operands``: the updates' numbers.
+
+    Updates of different items of a stack do not meet; those of one scaling are one delta.
+    """
+    found: list[Delta] = []
+    stacked: list[_Stacked] = []
+    last: dict[int, int] = {}
+    at = 0
     for update in recipe.updates:
         mine = operands[at : at + update.operands]
         at += update.operands
-        terms = list(_terms(update, mine))
-        found.append(prepare(terms, height, update.scaling, exact=recipe.exact, transposed=recipe.transposed))
-    return tuple(found)
+        first, rows = update.item or (0, recipe.rows)
+        height = columns if recipe.transposed else rows
+        delta = prepare(
+            list(_terms(update, mine)), height, update.scaling, exact=recipe.exact, transposed=recipe.transposed
+        )
+        if update.item is None:
+            found.append(delta)
+            continue
+        after = last.get(first, -1)
+        place = next((k for k, s in enumerate(stacked) if k > after and s.scaling == delta.scaling), len(stacked))
+        if place == len(stacked):
+            stacked.append(_Stacked(delta.scaling))
+        stacked[place].items.append((first, delta))
+        last[first] = place
+    return (*found, *(stack.whole((recipe.rows, columns)) for stack in stacked))
+
+
+@dataclass
+class _Stacked:
+    """Deltas on different rows, with one scaling."""
+
+    scaling: float
+    items: list[tuple[int, Delta]] = field(default_factory=list)
+
+    def whole(self, shape: tuple[int, int]) -> Delta:
+        """Return them as one delta of the whole matrix."""
+        parts = [_moved(part, first) for first, delta in self.items for part in delta.parts]
+        rest = [_moved(part, first) for first, delta in self.items for part in delta.rest]
+        bound, doubt = (float(np.max([getattr(delta, name) for _, delta in self.items])) for name in ("bound", "doubt"))
+        return Delta(shape, tuple(parts), self.scaling, False, tuple(rest), bound, doubt)
+
+
+def _moved(part: _T, first: int) -> _T:
+    """Return a product on rows that lie ``first`` further down."""
+    return replace(part, rows=(part.rows[0] + first, part.rows[1] + first))
 
 
 def _terms(update: Update, operands: Sequence[Matrix]) -> Iterator[Factors]:

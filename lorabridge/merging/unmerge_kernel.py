@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from threading import Lock
 
 import numpy as np
@@ -88,7 +88,7 @@ def split(
 def fingerprint(node: Compute, source: Source) -> str:
     """Return what identifies the delta of a merged weight: the recipe but for its name, and its operands' bits."""
     recipe, _ = recipe_of(node)
-    digest = hashlib.sha256(json.dumps({**asdict(recipe), "name": ""}, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps({**recipes.described(recipe), "name": ""}, sort_keys=True).encode())
     kernels = numeric_kernels(recipe.name, Notes(), {})
     for operand in node.args[1:]:
         bits = np.ascontiguousarray(evaluate(operand, source.read, kernels))
