@@ -62,7 +62,7 @@ def qwen3(fields: Mapping[str, object]) -> object:
     core = "mindformers.parallel_core.training_graph."
 
     class Product(nn.Cell):
-        def construct(self, a, b):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        def construct(self, a, b):  # type: ignore[no-untyped-def]
             return ops.reshape(a, (-1, 1)) * ops.reshape(b, (1, -1))
 
         def shard(self, *_: object) -> None:
@@ -72,7 +72,7 @@ def qwen3(fields: Mapping[str, object]) -> object:
         def __init__(self, *_: object, **__: object) -> None:
             super().__init__()
 
-        def construct(self, q, k, v, mask):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, ARG002
+        def construct(self, q, k, v, mask):  # type: ignore[no-untyped-def]
             s, b, n, d = q.shape
             repeats = n // k.shape[2]
             q = ops.transpose(q, (1, 2, 0, 3))
@@ -86,7 +86,7 @@ def qwen3(fields: Mapping[str, object]) -> object:
         def shard(self, *_: object) -> None:
             pass
 
-    def unrepeated(self, x, repeats):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, ARG001
+    def unrepeated(self, x, repeats):  # type: ignore[no-untyped-def]
         return x
 
     importlib.import_module(f"{core}transformer.utils").is_legacy_model = lambda: False
