@@ -1,10 +1,13 @@
 """Measure `lorabridge merge` against a plain copy with fsync and against what people use today.
 
-    python benchmarks/merge.py [--dir DIR] [--times 3] [--gb 2]
+    python benchmarks/merge.py [--dir DIR] [--times 3] [--gb 2] [--mergekit PYTHON] [--axolotl PYTHON]
 
 The base is bfloat16 in the shape of Llama (hidden 2048, intermediate 5632) in shards of 500 MB, the adapter has rank 16
 on the seven projections of every layer. Every job is a whole process, start-up included, in turns with the others. The
-peer is peft: load, merge_and_unload, save_pretrained. Needs the `verify` extra and 3 times --gb of free disk.
+peers are peft (load, merge_and_unload, save_pretrained); the few lines of torch and safetensors that a person writes,
+one shard at a time; and, where an environment of theirs is named by its interpreter, mergekit (mergekit-yaml,
+passthrough) and axolotl (merge_lora_sharded_efficient, what its merge-lora command does on a CPU). Needs the `verify`
+extra and 5 times --gb of free disk.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import multiprocessing
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from measure import COPY, Run, interleaved
@@ -24,6 +28,44 @@ from transformers import AutoModelForCausalLM
 base, adapter, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out, max_shard_size="500MB")
+"""
+
+BY_HAND = """
+import glob, json, os, sys, torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+base, adapter, out = sys.argv[1:]
+config = json.load(open(f"{adapter}/adapter_config.json"))
+scaling = config["lora_alpha"] / config["r"]
+os.mkdir(out)
+with safe_open(f"{adapter}/adapter_model.safetensors", "pt") as lora:
+    names = set(lora.keys())
+    for path in sorted(glob.glob(f"{base}/*.safetensors")):
+        tensors = {}
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                tensors[name] = file.get_tensor(name)
+                key = "base_model.model." + name.removesuffix("weight")
+                if f"{key}lora_A.weight" in names:
+                    a, b = (lora.get_tensor(f"{key}lora_{x}.weight").float() for x in "AB")
+                    tensors[name] = torch.addmm(tensors[name].float(), b, a, alpha=scaling).to(tensors[name].dtype)
+        save_file(tensors, f"{out}/{os.path.basename(path)}", metadata={"format": "pt"})
+"""
+MERGEKIT = """
+import os, sys, tempfile
+from mergekit.scripts.run_yaml import main
+base, adapter, out = sys.argv[1:]
+with tempfile.TemporaryDirectory(dir=os.path.dirname(out)) as place:
+    with open(f"{place}/job.yaml", "w") as file:
+        print("merge_method: passthrough", "dtype: bfloat16", "models:", sep=chr(10), file=file)
+        print(f"  - model: {base}+{adapter}", file=file)
+    options = ["--no-copy-tokenizer", "--out-shard-size", "500M", "--lora-merge-cache", f"{place}/cache"]
+    main([f"{place}/job.yaml", out, *options])
+"""
+AXOLOTL = """
+import sys
+from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
+merge_lora_sharded_efficient(*sys.argv[1:])
 """
 
 
@@ -73,6 +115,8 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--gb", type=float, default=2.0)
     parser.add_argument("--no-peers", action="store_true", help="measure lorabridge and the copy only")
+    parser.add_argument("--mergekit", metavar="PYTHON", help="an interpreter that has mergekit")
+    parser.add_argument("--axolotl", metavar="PYTHON", help="an interpreter that has axolotl")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
         work = Path(name)
@@ -81,17 +125,21 @@ def main() -> None:
         maker.join()
         if maker.exitcode:
             sys.exit("could not write the benchmark's data")
-        base, adapter, out = (str(work / part) for part in ("base", "adapter", "out"))
+        places = [str(work / part) for part in ("base", "adapter", "out")]
         python = sys.executable
         jobs = {
-            "copy + fsync": lambda: [python, "-S", "-c", COPY, base, out],
-            "lorabridge": lambda: [python, "-m", "lorabridge", "merge", base, adapter, out],
-            "peft": lambda: [python, "-c", PEFT, base, adapter, out],
+            "copy + fsync": [python, "-S", "-c", COPY, places[0], places[2]],
+            "lorabridge": [python, "-m", "lorabridge", "merge", *places],
         }
-        if args.no_peers:
-            del jobs["peft"]
+        if not args.no_peers:
+            jobs["torch and safetensors, by hand"] = [python, "-c", BY_HAND, *places]
+            jobs["peft"] = [python, "-c", PEFT, *places]
+        for name, other, code in (("mergekit", args.mergekit, MERGEKIT), ("axolotl", args.axolotl, AXOLOTL)):
+            if other is not None:
+                jobs[name] = [other, "-c", code, *places]
         nbytes = sum(path.stat().st_size for path in (work / "base").glob("*.safetensors"))
-        print(table(interleaved(jobs, work / "out", args.times), nbytes), flush=True)
+        runs = interleaved({name: partial(list, job) for name, job in jobs.items()}, work / "out", args.times)
+        print(table(runs, nbytes), flush=True)
 
 
 if __name__ == "__main__":
