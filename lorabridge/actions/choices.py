@@ -96,7 +96,12 @@ def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
         facts = facts.then(Facts((Fact("*", "merged", False),)))  # the base stays behind: its state does not matter
     facts = read_facts.completed(facts, given.source)
     origin = source_dialect(given, kept, facts, options.source_dialect)
-    own = kept is not None or states_alpha(given.adapter_config) or origin.name in OWN_ALPHA
+    own = (
+        kept is not None
+        or states_alpha(given.adapter_config)
+        or "lora_parameters" in (given.adapter_config or {})
+        or origin.name in OWN_ALPHA
+    )
     chosen = tuple(f for f in options.facts.entries if own or f.field not in ("alpha", "rank"))
     goal = _target_dialect(origin, kept, target, options)
     family = options.family or (kept.options.get("family") if kept and origin.framework != goal.framework else None)

@@ -59,9 +59,27 @@ class Name(Text):
             self.fail(f"no {self.name} is called {value!r}.{did_you_mean(str(value), known)}", param, ctx)
         return str(value)
 
+    def names(self) -> Sequence[str]:
+        """Load and return the names."""
+        return self._known()
+
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Return the names that begin as typed."""
         return [CompletionItem(name) for name in self._known() if name.startswith(incomplete)]
+
+
+class Naming(click.Option):
+    """An option of a :class:`Name` whose help lists the names in the place of ``{names}``, loaded when it is shown."""
+
+    @property
+    def help(self) -> str | None:
+        """Return the help text."""
+        text: str | None = self._text
+        return text.replace("{names}", ", ".join(self.type.names())) if text and isinstance(self.type, Name) else text
+
+    @help.setter
+    def help(self, text: str | None) -> None:
+        self._text = text
 
 
 def dialects() -> list[str]:

@@ -27,6 +27,7 @@ from ._terminal import Output, width
 from ._values import (
     FACTS,
     Name,
+    Naming,
     Size,
     dialects,
     is_fact,
@@ -93,15 +94,14 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
 @click.command("convert", cls=Command)
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DST")
-@click.option("--from", "source_dialect", type=Name("dialect", dialects), metavar="DIALECT",
-              help="Dialect of SRC, where detection is wrong or cannot decide: peft, loralib, loralib-ms, mindpet; "
-              "hf or ms for a whole model.")  # fmt: skip
+@click.option("--from", "source_dialect", cls=Naming, type=Name("dialect", dialects), metavar="DIALECT",
+              help="Dialect of SRC, where detection is wrong or cannot decide: {names}; the last two are whole models.")
 @click.option("--to", "target_dialect", type=Name("dialect", dialects), metavar="DIALECT",
               help="Dialect of DST; by default what DST's container calls for.")  # fmt: skip
 @click.option("--family", metavar="NAME", shell_complete=matching_families,
               help="Table of module names to go through; see `lorabridge tables list`.")  # fmt: skip
 @click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
-              help="adapter_config.json or the model's config.json, where it is not beside SRC.")  # fmt: skip
+              help="adapter_config.json, MindFormers' run yaml, or the model's config.json, where it is not beside SRC.")  # fmt: skip
 @click.option("--layout", metavar="KEY=VALUE", multiple=True,
               help="A choice that a table asks for, such as qkv=grouped. May be repeated.")  # fmt: skip
 @mappings_option

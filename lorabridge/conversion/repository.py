@@ -19,7 +19,7 @@ from . import pet_configs, read_facts, single_device
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
 ADAPTER_STEM = "adapter_model"
-STEMS = {"diffusers": "pytorch_lora_weights", "mindone": "pytorch_lora_weights"}
+STEMS = {"diffusers": "pytorch_lora_weights", "mindone": "pytorch_lora_weights", "mlx": "adapters"}
 """Dialects whose loaders look for another file in a directory."""
 MAX_CONFIG_BYTES = 16 << 20
 SAFETENSORS_DIALECTS = ("pynative", "mindone")

@@ -18,12 +18,15 @@ from .mindformers import Mcore, Pynative
 from .mindnlp import Mindnlp
 from .mindone import GM, LAYERS
 from .mindpet import TK, Mindpet
+from .mlx import Mlx
+from .msbnb import Msbnb
 from .peft import Peft
 from .slora import Slora
+from .vllm import Vllm
 
 DIALECTS: tuple[Dialect, ...] = (
     Peft(), Loralib(), LoralibMs(), Mindpet(), TK, Mcore(), Pynative(), Slora(), Mindnlp(), Mindnlp("mindnlp-0.2"),
-    Kohya(), Diffusers(), MINDONE, LAYERS, GM,
+    Kohya(), Diffusers(), MINDONE, LAYERS, GM, Vllm(), Vllm("vllm-mindspore"), Mlx(), Msbnb(),
 )  # fmt: skip
 
 PIPELINES = frozenset({"diffusers", "mindone"})
@@ -32,7 +35,7 @@ PIPELINES = frozenset({"diffusers", "mindone"})
 SURE = PIPELINES | {"mindone-gm"}
 """Dialects that share their factors' last names with others and claim a file by the paths before them."""
 
-CONFIGURED = frozenset({"peft", "mindnlp", "mindnlp-0.2"})
+CONFIGURED = frozenset({"peft", "mindnlp", "mindnlp-0.2", "vllm", "vllm-mindspore", "mlx"})
 """Dialects whose files mean nothing without the adapter_config.json that lies beside them in a directory."""
 
 

@@ -136,6 +136,8 @@ def _read_header(path: Path, file: io.FileIO) -> Header:
 
 
 def _metadata(path: Path, value: object) -> dict[str, str]:
+    if value is None:  # as mlx 0.32 writes; safetensors reads it as none
+        return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise _bad(path, f"its {_METADATA} does not map strings to strings")
     try:

@@ -333,3 +333,15 @@ def test_what_is_written_is_read_back_bit_for_bit(
                 start = data.draw(st.integers(0, stop))
                 assert bits(source.read(spec.name, (start, stop))) == bits(source.read(spec.name)[start:stop])
         source.close()
+
+
+def test_metadata_that_is_null_is_none(tmp_path: Path) -> None:
+    """As mlx 0.32 writes it and safetensors reads it."""
+    header = b'{"__metadata__":null,"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\x80\x3f")
+    assert safetensors.numpy.load_file(path)["a"].tolist() == [1.0]
+    source = open_file(path)
+    assert source.metadata == {}
+    assert source.read("a").tobytes() == b"\0\0\x80\x3f"
+    source.close()
