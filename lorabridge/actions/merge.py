@@ -17,6 +17,7 @@ from ..merging.identity import MERGED_KEY, base_of, merged_mark
 from ..merging.kernel import Merger, Seen
 from ..merging.planning import Merged
 from ..merging.planning import merge as merge_headers
+from ..merging.twins import comparing
 from ..merging.unmerge_planning import nodes_of
 from . import merge_inputs
 from .base_check import check_bases, check_not_held, marked
@@ -101,7 +102,7 @@ def plan_merge(given: Opened, target: Path | str, options: MergeOptions) -> Merg
     base = prefixed(given.origin.parse(given.base.content()), merge_inputs.BASE, given.base.source.specs)
     merged = merge_headers(
         base, merge_inputs.additions(given, base, options), config=given.base.model_config, exact=options.exact,
-        residual_base=options.residual_base,
+        residual_base=options.residual_base, same=comparing(given.joined),
     )  # fmt: skip
     goal = goal_of(given.origin, target, options)
     output, shard_size = place_of(given, goal, target, options)

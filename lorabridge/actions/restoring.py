@@ -15,6 +15,7 @@ from ..merging.identity import MERGED_KEY, MergedMark, merged_mark
 from ..merging.planning import Addition, Merged
 from ..merging.planning import merge as merge_headers
 from ..merging.repetition import shortened
+from ..merging.twins import comparing
 from ..merging.undo import UndoFile
 from ..merging.unmerge_kernel import Guess, Unmerger
 from ..merging.unmerge_planning import Restored, as_base, best_inverse, nodes_of, restore, tied_again
@@ -107,6 +108,7 @@ def way_back(given: Opened, options: MergeOptions, undo: UndoFile | None) -> Way
     additions, ranges, label = _once(merge_inputs.additions(given, model, options))
     landed = merge_headers(
         model, additions, config=given.base.model_config, exact=options.exact, residual_base=True,
+        same=comparing(given.joined),
     )  # fmt: skip
     config, warnings = given.base.model_config, tuple[str, ...]()
     if undo is not None:

@@ -13,6 +13,7 @@ from ..merging.identity import MERGED_KEY, MergedMark, merged_mark
 from ..merging.kernel import Merger, Seen
 from ..merging.planning import Merged
 from ..merging.planning import merge as merge_headers
+from ..merging.twins import comparing
 from ..merging.unmerge_kernel import Unmerger
 from ..merging.unmerge_planning import Restored, nodes_of, onto, stand_in, traces_onto
 from . import merge_inputs, restoring
@@ -149,7 +150,7 @@ def _landed(way: Way, there: Opened, options: MergeOptions) -> Merged:
     base = stand_in(way.restored.model)
     return merge_headers(
         base, merge_inputs.additions(there, base, options), config=way.config, exact=options.exact,
-        residual_base=options.residual_base,
+        residual_base=options.residual_base, same=comparing(there.joined),
     )  # fmt: skip
 
 

@@ -20,8 +20,8 @@ from ..axes import Compute, Expr, Reshape
 from ..errors import InputError
 from ..tensors import Source
 from .landing import HEADS, PREFIXES
+from .reading import rows
 from .undo import matrix
-from .unmerge_planning import rows
 
 BASE_KEY = "lorabridge.base"
 """Key of an adapter's container metadata: the base that it was made for."""

@@ -13,6 +13,7 @@ from ..errors import MappingError
 from . import ties
 from .landing import land, moved_prefix, parameter_of
 from .repetition import LOST, homes, repeat_layers
+from .twins import Same
 from .worksheet import Addition, Worksheet
 
 __all__ = ["Addition", "Merged", "merge", "with_rows"]
@@ -40,13 +41,14 @@ class Merged:
 
 def merge(
     base: Adapter, additions: Sequence[Addition], *, config: Json | None = None, exact: bool = False,
-    residual_base: bool = False,
+    residual_base: bool = False, same: Same | None = None,
 ) -> Merged:  # fmt: skip
     """Merge adapters into a full model, adding their deltas in the order given.
 
     ``base``: every extra is a base parameter. ``config``: the model's config.json, which replicated layers and untied
     embeddings need. ``exact``: deltas to 48 bits for every type; float16 and wider get them anyway.
-    ``residual_base``: the base is the one that an initialisation such as PiSSA left. Every module of every adapter must
+    ``residual_base``: the base is the one that an initialisation such as PiSSA left. ``same``: compares bits, to see
+    whether what an adapter holds for a tied head is what it holds for the embedding. Every module of every adapter must
     land. Raises MappingError with all that does not fit.
     """
     work = Worksheet({extra.name: extra.value for extra in base.extras}, None if config is None else dict(config))
@@ -55,8 +57,7 @@ def merge(
     for addition in additions:
         _repeat(work, addition)
     moved = [_renamed(work, addition) for addition in additions]
-    ties.settle(work, moved)
-    for addition in moved:
+    for addition in ties.settle(work, moved, same):
         _take(work, addition)
     landing = work.landing
     _check_added(work)

@@ -8,9 +8,11 @@ model has two different matrices and must say so in its config. Only what peft t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..dialects.adapter import Extra, LoraModule
 from .landing import parameter_of
+from .twins import Same, without_twin
 from .worksheet import Addition, Worksheet
 
 EMBEDDINGS = (
@@ -24,27 +26,45 @@ OTHER_HEADS = ("ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
 """Ends of transformers' architecture names: where the head is ``lm_head``, and where it may be called otherwise."""
 
 
-def settle(work: Worksheet, additions: Sequence[Addition]) -> None:
-    """Untie the head from the embedding where the adapters make them differ; note it, and change the config."""
+def settle(work: Worksheet, additions: Sequence[Addition], same: Same | None) -> list[Addition]:
+    """Untie the head from the embedding where the adapters make them differ; note it, and change the config.
+
+    Returns the additions without what they hold for a head that stays tied. ``same``: compares bits; without it
+    nothing counts as equal.
+    """
     embedding = next((name for name in work.values if name.endswith(EMBEDDINGS)), "")
     heads = [str(name) for name in work.config.get("architectures") or ()] if work.config else []  # type: ignore[union-attr]
     reached = _reached(work, additions)
     if not embedding or not (reached & {embedding, HEAD}):
-        return
+        return list(additions)
     told = work.config.get("tie_word_embeddings") if work.config is not None else None
     if told is False or (HEAD in work.values and told is None):
-        return
+        return list(additions)
     if any(name.endswith(OTHER_HEADS) for name in heads):
         work.landing.refuse(f"{embedding}: the head of {heads[0]} may share it", "merge such a model in peft")
-        return
+        return list(additions)
     if HEAD not in work.values and HEAD not in reached and not any(name.endswith(WITH_HEAD) for name in heads):
         if work.config is None:
             work.landing.refuse(f"{embedding}: a head may share it", "give the model's config.json with --config")
-        return
+        return list(additions)
+    if same is not None and HEAD in reached:
+        stripped = [_stripped(work, addition, embedding, same) for addition in additions]
+        if all(copied for _, copied in stripped):
+            _keep(work, embedding, {embedding})
+            return [addition for addition, _ in stripped]
     if any(addition.adapter.config.get("ensure_weight_tying") for addition in additions) or _only_rows(additions):
         _keep(work, embedding, reached)
-        return
-    _untie(work, embedding)
+    else:
+        _untie(work, embedding)
+    return list(additions)
+
+
+def _stripped(work: Worksheet, addition: Addition, embedding: str, same: Same) -> tuple[Addition, bool]:
+    adapter, known = addition.adapter, {*work.values, HEAD}
+    items: list[LoraModule | Extra] = [*adapter.modules, *adapter.extras]
+    names = {id(item): _name_of(item, known) for item in items}
+    kept, copied = without_twin(adapter, names, embedding, HEAD, same)
+    return replace(addition, adapter=kept), copied
 
 
 def _untie(work: Worksheet, embedding: str) -> None:
@@ -61,7 +81,8 @@ def _untie(work: Worksheet, embedding: str) -> None:
 def _keep(work: Worksheet, embedding: str, reached: set[str]) -> None:
     if {embedding, HEAD} <= reached:
         work.landing.refuse(
-            f"{HEAD} and {embedding} are tied and both have factors of their own", "merge such an adapter in peft"
+            f"{HEAD} and {embedding} are to stay tied, but the adapter has different values for them",
+            "merge such an adapter in peft",
         )
     elif HEAD in work.values:
         work.shared[HEAD] = embedding

@@ -6,24 +6,24 @@ parameters that a merge replaces.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
 
 from ..arithmetic import recipe as recipes
-from ..arithmetic.floats import Bits
 from ..arithmetic.recipe import Recipe, recipe_of
-from ..axes import Compute, Expr, Join, Kernel, Read, Reshape, Slice, evaluate, join, reads, reshape, substitute
+from ..axes import Compute, Expr, Join, Kernel, Read, Reshape, join, reads, reshape, substitute
 from ..dialects.adapter import Adapter, Extra, Value
 from ..errors import MappingError, counted
 from ..names import natural_key
 from ..tensors import Source
 from .planning import Merged
+from .reading import rows, spans
 from .repetition import origin
 from .ties import EMBEDDINGS, HEAD
-from .undo import Kept, Recorder, UndoFile, block_rows, matrix
+from .undo import Kept, Recorder, UndoFile
 from .unmerge_kernel import KEPT, RESTORE, additive, fingerprint, in_blocks
 
 _HELD = "\0restored/"
@@ -122,48 +122,13 @@ def keep_others(recorder: Recorder, found: Traces, source: Source, kernels: Mapp
     """Note what a merge replaces: as a residue where the merged model has the same type and shape, else raw."""
     for name, (before, after) in found.replaced.items():
         recorder.expect(name, before.dtype, before.shape, "near")
-        for start, stop in _spans(before):
+        for start, stop in spans(before):
             bits = [rows(expr, start, stop, source, kernels).reshape(stop - start, -1) for expr in (before, after)]
             recorder.take(name, start, bits[0], bits[1], None)
     for name, before in found.lost.items():
         recorder.expect(name, before.dtype, before.shape, "raw")
-        for start, stop in _spans(before):
+        for start, stop in spans(before):
             recorder.keep(name, start, rows(before, start, stop, source, kernels))
-
-
-def _spans(expr: Expr) -> Iterator[tuple[int, int]]:
-    count, step = matrix(expr.shape)[0], block_rows(expr.shape, expr.dtype)
-    return ((start, min(start + step, count)) for start in range(0, count, step))
-
-
-def rows(expr: Expr, start: int, stop: int, source: Source, kernels: Mapping[str, Kernel]) -> Bits:
-    """Return rows [start, stop) of an expression's bits, reading only these rows where that is possible."""
-    if isinstance(expr, Read) and expr.shape:
-        return source.read(expr.name, (start, stop))
-    if isinstance(expr, Slice) and expr.axis == 0:
-        return rows(expr.x, expr.start + start, expr.start + stop, source, kernels)
-    if isinstance(expr, Join) and expr.axis == 0:
-        return np.concatenate(list(_joined(expr, start, stop, source, kernels)))
-    if isinstance(expr, Reshape) and expr.shape and expr.x.shape[:1] == expr.shape[:1]:
-        return rows(expr.x, start, stop, source, kernels).reshape(stop - start, *expr.shape[1:])
-    if isinstance(expr, Compute) and expr.kernel == "cast":
-        part = replace(expr, shape=(stop - start, *expr.shape[1:]))
-        return kernels[expr.kernel](part, [rows(expr.args[0], start, stop, source, kernels)])
-    made = recipes.rows_of(expr, start, stop)
-    if made is not None:
-        operands = [evaluate(arg, source.read, kernels) for arg in made.args[1:]]
-        return kernels[made.kernel](made, [rows(made.args[0], 0, stop - start, source, kernels), *operands])
-    whole = evaluate(expr, source.read, kernels)
-    return np.ascontiguousarray(whole[start:stop] if expr.shape else whole)
-
-
-def _joined(expr: Join, start: int, stop: int, source: Source, kernels: Mapping[str, Kernel]) -> Iterator[Bits]:
-    at = 0
-    for part in expr.parts:
-        low, high = max(start - at, 0), min(stop - at, part.shape[0])
-        if low < high:
-            yield rows(part, low, high, source, kernels)
-        at += part.shape[0]
 
 
 def restore(model: Adapter, landed: Merged, undo: UndoFile, source: Source) -> Restored:

@@ -236,3 +236,100 @@ def test_a_residual_base_must_be_confirmed(tmp_path: Path) -> None:
     with pytest.raises(MappingError, match="cannot be merged"):
         merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged", MergeOptions(residual_base=True))
+
+
+def trained(model: torch.nn.Module, folder: Path, **options: object) -> torch.nn.Module:
+    """Adapt a model whose base is saved already, give every trainable parameter a value, and save the adapter."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **options}))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+def same_logits(merged: Path, adapted: torch.nn.Module, kind: type, tokens: torch.Tensor) -> None:
+    again = kind.from_pretrained(merged).eval()  # type: ignore[attr-defined]
+    with torch.no_grad():
+        mine, his = again(tokens).logits, adapted(tokens).logits
+    assert torch.allclose(mine, his, atol=1e-5 * max(1.0, his.abs().max().item()))
+
+
+TIED: dict[str, dict[str, object]] = {
+    "delta on both": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    "saved whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "trained rows": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_what_was_trained_on_both_stays_tied(tmp_path: Path, case: str) -> None:
+    model = llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    adapted = trained(model, tmp_path / "adapter", **TIED[case])
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
+    same_logits(tmp_path / "merged", adapted, type(model), torch.arange(24).reshape(2, 12))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", [70, 60])
+def test_a_resized_vocabulary_goes_into_the_config(tmp_path: Path, size: int, tied: bool) -> None:
+    from peft import PeftModel
+
+    model = llama(tie_word_embeddings=tied)
+    kind = type(model)
+    model.save_pretrained(tmp_path / "base")
+    model = kind.from_pretrained(tmp_path / "base")  # peft asks the files whether the vocabulary was resized
+    model.resize_token_embeddings(size)
+    adapted = trained(model, tmp_path / "adapter", target_modules=["q_proj"])
+    report = merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    assert any(f"vocab_size 64 became {size}" in note for note in report.notes)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["vocab_size"] == size
+    assert config["tie_word_embeddings"] is tied
+    tokens = torch.arange(36, 60).reshape(2, 12) + size - 60
+    same_logits(tmp_path / "merged", adapted, kind, tokens)
+    fresh = kind.from_pretrained(tmp_path / "base")
+    fresh.resize_token_embeddings(size)
+    same_logits(tmp_path / "merged", PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval(), kind, tokens)
+
+
+def test_pefts_factors_of_a_grouped_convolution_are_refused_as_peft_refuses_them(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file
+
+    net = torch.nn.ModuleDict({"layer": torch.nn.Conv2d(4, 6, 3, groups=2)})
+    save_file({k: v.clone() for k, v in net.state_dict().items()}, tmp_path / "base.safetensors")
+    adapted = get_peft_model(net, LoraConfig(r=4, target_modules=["layer"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(NotImplementedError):
+        adapted.merge_and_unload()
+    with pytest.raises(MappingError) as error:
+        merge(tmp_path / "base.safetensors", [tmp_path / "adapter"], tmp_path / "m.safetensors")
+    assert "layer: peft's factors of a grouped convolution" in error.value.text()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_on_a_fused_weight_of_mindspore_is_peft_on_its_parts(tmp_path: Path, dora: bool) -> None:
+    """DoRA's magnitudes of q, k and v become one vector; the sum of three terms is normalised row by row."""
+    from lorabridge.actions.choices import ConvertOptions
+    from lorabridge.actions.convert import convert
+
+    theirs = prepare(tmp_path, llama(), torch.float32, target_modules=ALL, use_dora=dora)
+    config, layout = tmp_path / "base" / "config.json", {"qkv_concat": "grouped"}
+    there = ConvertOptions(family="llama", layout=layout, config=config)
+    convert(tmp_path / "base", tmp_path / "base.ckpt", there)
+    merge(tmp_path / "base.ckpt", [tmp_path / "adapter"], tmp_path / "merged.ckpt", MergeOptions(
+        family="llama", layout=layout, config=config))  # fmt: skip
+    back = tmp_path / "back"
+    convert(tmp_path / "merged.ckpt", back, ConvertOptions(family="llama", layout=layout, config=config))
+    ours, expected = load_file(back / "model.safetensors"), theirs.state_dict()
+    assert {name for name in expected if name in ours} == set(ours)
+    for name, value in ours.items():
+        assert torch.allclose(value, expected[name], rtol=1e-5, atol=1e-6), name
