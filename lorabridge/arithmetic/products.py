@@ -9,7 +9,7 @@
 The first two are the mixed-product rules of Khatri and Rao (1968) and of the Kronecker product: an element of the new
 factors is one product of two old ones, which float64 holds exactly for anything up to float32. It is rounded once, to
 ``dtype``; 16-bit factors lose nothing in float32. A whole ``w[m, n]`` counts as rank ``min(m, n)``. Tucker's elements
-are sums of ``r`` products, added in float64 and rounded once. Conventions: LyCORIS 3.2 (``functional/loha.py``,
+are sums of ``r`` products, added in float64 and rounded once. Conventions: LyCORIS 4.1.3 (``functional/loha.py``,
 ``lokr.py``, ``general.py``: ``rebuild_tucker``); peft's LoHa and LoKr are the same products.
 
 The functions in this file build expressions from headers; :func:`compute` is what the kernels of ``numerics`` run.

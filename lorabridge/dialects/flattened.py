@@ -73,7 +73,7 @@ PIPELINES = (
     ),
 )
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lycoris_")
-"""How flattened names begin: sd-scripts of 2026-02, and LyCORIS 3.2 for networks of any kind."""
+"""How flattened names begin: sd-scripts of 2026-02, and LyCORIS 4.1.3 for networks of any kind."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@
 | full | ``diff[out, in, *k]`` | itself |
 
 The scaling is ``alpha / r`` (LyCORIS' rank-stabilised option is folded into the stored alpha), 1 for ``diff`` and for a
-LoKr of two whole matrices. Sources: sd-scripts of 2026-02 (``networks/lora.py``), LyCORIS 3.2 (``lycoris/modules``).
+LoKr of two whole matrices. Sources: sd-scripts of 2026-02 (``networks/lora.py``), LyCORIS 4.1.3 (``lycoris/modules``).
 Everything but plain LoRA is the product of other matrices, so it becomes LoRA only on request (``as = lora``),
 exactly, of the rank that this takes; ``products`` says which. A core alone keeps its rank: it is contracted at once.
 """
