@@ -101,7 +101,8 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
 @click.option("--family", metavar="NAME", shell_complete=matching_families,
               help="Table of module names to go through; see `lorabridge tables list`.")  # fmt: skip
 @click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
-              help="adapter_config.json, MindFormers' run yaml, or the model's config.json, where it is not beside SRC.")  # fmt: skip
+              help="adapter_config.json, the yaml of a MindFormers run, or the model's config.json, where it is not "
+              "beside SRC.")  # fmt: skip
 @click.option("--layout", metavar="KEY=VALUE", multiple=True,
               help="A choice that a table asks for, such as qkv=grouped. May be repeated.")  # fmt: skip
 @mappings_option
