@@ -6,9 +6,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "networks"
+SOURCES = Path(__file__).parent / "sources"
+HF_NAMES = {"vit": ("disk", "memory"), "swin": ("disk", "memory"), "mae": ("disk", "disk5", "memory")}
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -17,9 +20,9 @@ class Network:
     """One network, and the model of transformers with the same parameters.
 
     ``parameters``: as the project names them. ``hf``: a class of transformers, built from ``config`` and ``fields``;
-    or, for models that transformers does not have, ``names``: its parameters as written down. ``layout``: choices
-    that the network makes. ``own``: parameters of the network that the class of transformers is without, and
-    ``lacking``: the other way round; both are stated in the file, each with its reason.
+    for models that transformers does not have, ``names`` are its parameters as written down in sources/. ``layout``:
+    choices that the network makes, and which of transformers' names are meant. ``own``: parameters of the network that
+    the class of transformers is without; ``lacking``: the other way round. Each has its reason.
     """
 
     family: str
@@ -42,15 +45,16 @@ class Network:
     def model(self) -> tuple[Shapes, dict[str, object]]:
         """Return the parameters of the torch side as they lie on disk, and its config.json."""
         if self.names:
-            return self.names, dict(self.fields)
-        return saved(self.config, json.dumps(dict(self.fields)), self.hf)
+            return self.names, saved(self.config, json.dumps(dict(self.fields)), self.hf, "memory")[1]
+        return saved(self.config, json.dumps(dict(self.fields)), self.hf, self.layout.get("hf_names", "disk"))
 
 
 @lru_cache(maxsize=128)
-def saved(config: str, fields: str, hf: str) -> tuple[Shapes, dict[str, object]]:
+def saved(config: str, fields: str, hf: str, names: str) -> tuple[Shapes, dict[str, object]]:
     """Build a class of transformers; return the shapes of what its ``save_pretrained`` would write, and its config.
 
-    Parameters that share one tensor are written once; fused experts come apart as on disk.
+    Parameters that share one tensor are written once. transformers 5 gives some files other names than the modules
+    have: ``names`` "memory" keeps the modules'. "disk" differs from what it writes for MAE, see mappings/mae.toml.
     """
     import torch
     import transformers
@@ -64,9 +68,11 @@ def saved(config: str, fields: str, hf: str) -> tuple[Shapes, dict[str, object]]
     if said.get("tie_word_embeddings") is False:  # transformers 5 ties mT5 all the same, and 4 did not
         tied.discard("lm_head.weight")
     state = {name: value for name, value in module.state_dict().items() if name not in tied}
-    if made.model_type == "granitemoe":
+    if names != "memory":
         state = transformers.core_model_loading.revert_weight_conversion(module, state)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
+    if names == "disk":
+        shapes = {k.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers."): v for k, v in shapes.items()}
     return shapes, json.loads(made.to_json_string(use_diff=False)) | said
 
 
@@ -74,11 +80,14 @@ def read() -> Iterator[Network]:
     """Return every network that was written down."""
     for path in sorted(FOLDER.glob("*.json")):
         said = json.loads(path.read_text())
-        for entry in said["networks"]:
+        family = path.name.split(".")[0]
+        for entry, names in product(said["networks"], HF_NAMES.get(family, ("",))):
+            layout = entry.get("layout", {}) | ({"hf_names": names} if names else {})
+            source = json.loads((SOURCES / f"{entry['source']}.json").read_text()) if "source" in entry else {}
             yield Network(
-                path.name.split(".")[0], said["release"], entry["network"], entry.get("hf", ""),
-                entry.get("config", ""), entry["fields"], _shapes(entry["parameters"]), entry.get("layout", {}),
-                entry.get("own", {}), entry.get("lacking", {}), _shapes(entry.get("names", {})),
+                family, said["release"], entry["network"], entry["hf"], entry["config"], entry["fields"],
+                _shapes(entry["parameters"]), layout, entry.get("own", {}), entry.get("lacking", {}),
+                _shapes(source.get("parameters", {})),
             )  # fmt: skip
 
 

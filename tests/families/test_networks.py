@@ -30,6 +30,11 @@ def opened(network: Network) -> tuple[Table, Shapes, dict[str, object], dict[str
     return table, shapes, config, {**layout_from_config(table, config), **network.layout}
 
 
+def ties(table: Table) -> set[str]:
+    """Return what transformers does not write because it equals another parameter."""
+    return {tied.hf.text for tied in table.tied if tied.hf is not None}
+
+
 def ms_side(layout: dict[str, str]) -> dict[str, str]:
     return {key: choice for key, choice in layout.items() if key != "hf_prefix"}
 
@@ -57,15 +62,17 @@ def test_the_parameters_of_the_network_become_the_model(network: Network) -> Non
     table, shapes, config, layout = opened(network)
     sizes = sizes_from_config(table, config)
     found = check_complete(table, network.parameters, side="ms", sizes=sizes, layout=layout, architecture=network.hf)
-    assert set(found.missing) == set(network.lacking)
-    assert (found.unexpected, found.shapes) == ((), ())
     back = map_adapter(table, model(Store(), network.parameters), to="hf", sizes=sizes, layout=hf_side(layout))
-    made = {extra.name: extra.value.shape for extra in back.extras}
+    beyond = {extra.name for extra in back.extras if set(axes.reads(extra.value)) <= set(network.own)}
+    copies = ties(table) - set(shapes)
+    made = {extra.name: extra.value.shape for extra in back.extras if extra.name not in beyond | copies}
+    assert (set(found.missing), found.shapes) == (set(network.lacking), ())
+    assert set(found.unexpected) | {name for name, _ in back.left_out} == set(network.own)
+    assert not beyond & set(shapes)
     assert made.items() <= shapes.items()
     there = map_adapter(table, model(Store(), shapes), to="ms", sizes=sizes, layout=ms_side(layout))
     lost = {name for extra in there.extras if extra.name in network.lacking for name in axes.reads(extra.value)}
     assert set(shapes) - set(made) == {name for name, _ in there.left_out} | lost
-    assert {name for name, _ in back.left_out} == set(network.own)
 
 
 @pytest.mark.parametrize("network", CASES)
@@ -76,8 +83,9 @@ def test_there_and_back_is_the_identity_on_bits(store: Store, network: Network) 
     assert not any(axes.computes(extra.value) for extra in there.extras)
     written, said = reread(there)
     back = map_adapter(table, written, to="hf", sizes=sizes, layout=hf_side(layout))
-    assert {extra.name for extra in back.extras} == set(shapes) - {name for name, _ in there.left_out}
-    for extra in back.extras:
+    kept = [extra for extra in back.extras if extra.name in shapes or extra.name not in ties(table)]
+    assert {extra.name for extra in kept} == set(shapes) - {name for name, _ in there.left_out}
+    for extra in kept:
         assert axes.substitute(extra.value, said) == axes.Read(extra.name, extra.value.dtype, shapes[extra.name])
     assert axes.invert(said).lost == ()
 
@@ -87,7 +95,8 @@ def test_there_and_back_is_the_identity_on_bits(store: Store, network: Network) 
 def test_merging_and_converting_commute(store: Store, network: Network, kind: str) -> None:
     table, shapes, config, layout = opened(network)
     sizes = sizes_from_config(table, config)
-    assert square(store, table, shapes, sizes=sizes, layout=layout, kind=kind) >= 8
+    few = 2 if network.family == "gpt2_mindnlp" else 8  # its Conv1D cannot be adapted
+    assert square(store, table, shapes, sizes=sizes, layout=layout, kind=kind) >= few
 
 
 @pytest.mark.parametrize("network", [pytest.param(network, id=str(network)) for network in FIRST])
