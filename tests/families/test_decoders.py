@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 import pytest
 
 from lorabridge import axes
+from lorabridge.dialects.adapter import Adapter
+from lorabridge.errors import UsageError
 from lorabridge.families.tables import (
     check_complete,
     detect_family,
@@ -16,7 +18,7 @@ from lorabridge.families.tables import (
 )
 
 from .catalogue import CASES, Case, Shapes, shapes_of, written
-from .conftest import Store, model, reread
+from .conftest import Store, lora, model, reread
 from .square import KINDS, square
 
 TABLES = {case.table: load_family(case.table) for case in CASES}
@@ -94,3 +96,21 @@ def test_merging_and_converting_commute(store: Store, case: Case, layout: dict[s
     shapes, config = case.model()
     sizes = sizes_from_config(table, config)
     assert square(store, table, shapes, sizes=sizes, layout=layout, kind=kind) >= 8
+
+
+@pytest.mark.parametrize("name", ["qwen3_mcore-Qwen3ForCausalLM", "telechat3_mcore-telechat3.hf"])
+def test_what_neither_names_nor_shapes_tell_is_asked_for(store: Store, name: str) -> None:
+    case = next(case for case in CASES if str(case) == name)
+    table = TABLES[case.table]
+    shapes, config = case.model()
+    sizes = sizes_from_config(table, config)
+    with pytest.raises(UsageError, match="the names do not tell which fc1 is meant") as error:
+        map_adapter(table, model(store, shapes), to="ms", sizes=sizes)
+    for choice in ("interleaved", "contiguous"):
+        assert f"--layout fc1={choice}" in error.value.hint
+    adapter = Adapter((lora(store, "decoder.layers.0.self_attention.linear_qkv", 256, 64),))
+    with pytest.raises(UsageError, match="the names do not tell which qkv is meant") as error:
+        map_adapter(table, adapter, to="hf", sizes=sizes)
+    assert "--layout qkv=grouped (training" in error.value.hint
+    there = map_adapter(table, adapter, to="hf", sizes=sizes, layout={"qkv": "grouped"})
+    assert [module.out for module in there.modules] == [64, 128, 64]
