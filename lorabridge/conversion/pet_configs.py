@@ -21,10 +21,7 @@ _DEEPEST = 20
 
 
 def beside(folders: Sequence[Path]) -> Path | None:
-    """Return the file of these folders that describes an adapter; the first folder that has one counts.
-
-    JSON goes before yaml; a yaml counts if it has a ``pet_config`` or ``lora_config``. UsageError where several do.
-    """
+    """Return the JSON file that describes an adapter, from the first of these folders that has one."""
     for folder in folders:
         found = next((folder / name for name in NAMES if (folder / name).is_file()), None)
         if found is not None:
@@ -33,7 +30,7 @@ def beside(folders: Sequence[Path]) -> Path | None:
 
 
 def yaml_beside(folder: Path) -> Path | None:
-    """Return the one yaml of a directory that describes an adapter; UsageError where several do."""
+    """Return the one yaml of a directory that has a ``pet_config`` or ``lora_config``; UsageError where several do."""
     texts = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in YAML and path.is_file()]
     found = [path for path in texts if path.stat().st_size <= MAX_BYTES and _mentions(path)]
     if len(found) > 1:
