@@ -146,8 +146,8 @@ def tied_checks(
     checks = []
     for tied in table.tied:
         template = tied.side(side)
-        if template is None or template.text not in present or not variant.holds(tied.when):
+        if template is None or tied.side(other_side(side)) is not None or not variant.holds(tied.when):
             continue
-        if tied.side(other_side(side)) is None:
-            checks.append((template.text, tied_target(table, tied, side, variant)))
+        names = [name for name in present if template.match(name) is not None]
+        checks += [(name, tied_target(table, tied, side, variant)) for name in names]
     return checks

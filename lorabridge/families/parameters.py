@@ -35,7 +35,10 @@ def map_extras(work: Work, extras: Sequence[Extra]) -> tuple[list[Extra], list[t
         elif isinstance(what, Buffer):
             left += [(name, what.drop) for name in reads(extra.value)]
         elif isinstance(what, Tied):
-            _map_tied(work, what, extra, present, out, left)
+            try:
+                _map_tied(work, what, bindings, extra, present, out, left)
+            except SizeError as error:
+                work.complain(f"{extra.name}: {error}", CONFIG)
     for key, members in gathered.items():
         try:
             out += _convert(work, slot_of[key], dict(key[1]), members)
@@ -170,12 +173,13 @@ def _rearranged(work: Work, here: Arrangement | None, there: Arrangement | None,
 
 
 def _map_tied(
-    work: Work, tied: Tied, extra: Extra, present: Mapping[str, Extra], out: list[Extra], left: list[tuple[str, str]]
-) -> None:
+    work: Work, tied: Tied, bindings: Mapping[str, int], extra: Extra, present: Mapping[str, Extra], out: list[Extra],
+    left: list[tuple[str, str]],
+) -> None:  # fmt: skip
     target = tied.side(work.to)
     to = tied_target(work.table, tied, work.source, work.variant)
     if target is not None:
-        path, _, parameter = target.text.rpartition(".")
+        path, _, parameter = target.fill(work.moved(bindings)).rpartition(".")
         out.append(Extra(path, parameter, extra.value, extra.kind))
     elif to in present:
         left += [(name, f"tied: equal to {to}") for name in reads(extra.value)]
@@ -191,10 +195,12 @@ def _copies_of_tied(work: Work, present: Mapping[str, Extra]) -> list[Extra]:
     for tied in work.table.tied:
         mine, target = tied.side(work.source), tied.side(work.to)
         chosen = all(work.variant.layout.get(key) == choice for key, choice in tied.when)
-        if work.source != tied.owner or mine is None or target is None or mine.text in present or not chosen:
+        if work.source != tied.owner or mine is None or target is None or not chosen:
             continue
         to = present.get(tied_target(work.table, tied, work.source, work.variant))
-        if to is not None and to.kind == "base":
-            path, _, parameter = target.text.rpartition(".")
+        if to is None or to.kind != "base" or any(mine.match(name) is not None for name in present):
+            continue
+        for bindings in work.every(target):
+            path, _, parameter = target.fill(bindings).rpartition(".")
             copies.append(Extra(path, parameter, to.value, "base"))
     return copies

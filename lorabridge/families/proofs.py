@@ -132,9 +132,12 @@ def _layouts(table: Table) -> Iterator[str]:
 
 def _ties(table: Table) -> Iterator[str]:
     for tied in table.tied:
-        templates = [t for t in (tied.hf, tied.ms, tied.to) if t is not None]
-        if any(template.holes for template in templates):
-            yield f"{tied.ref}: a tie has no holes"
+        templates = [template for template in (tied.hf, tied.ms) if template is not None]
+        if tied.to.holes or any(template.holes != templates[0].holes for template in templates):
+            yield f"{tied.ref}: to has no holes, and both sides have the same ones"
+        for hole, options in templates[0].holes.items():
+            if not options and hole not in dict(table.holes):
+                yield f"{tied.ref}: integer hole {{{hole}}} is not in [holes]"
         targets = [s for s in slots(table, tied.owner) if s.field != "module" and s.template.match(tied.to.text) == {}]
         if not targets or any(len(slot.rule.parts) != 1 for slot in targets):
             yield f"{tied.ref}: to = {tied.to.text!r} is not a parameter that a rule renames"

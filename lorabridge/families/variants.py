@@ -159,12 +159,16 @@ def _rank_fits(hit: Hit, shape: Shape | None) -> bool:
 
 
 def _beyond(table: Table, side: SideName) -> dict[int, dict[str, set[str]]]:
-    """Return, by rule and stack of ``side``, the layouts that decide how the other side stacks, with their choices."""
+    """Return, by rule and stack of ``side``, the layouts that its parameters depend on, with their choices.
+
+    These are what decides how the other side stacks them; and for a stack, which of its items' rules holds.
+    """
     found: dict[int, dict[str, set[str]]] = {}
-    for rule in table.rules if any(stack.when for stack in table.stacks) else ():
-        theirs = stacks_of(table, rule, other_side(side))
-        for what in (rule, *stacks_of(table, rule, side)):
-            for key, choice in (pair for stack in theirs for pair in stack.when):
+    for rule in table.rules if table.stacks else ():
+        theirs = [pair for stack in stacks_of(table, rule, other_side(side)) for pair in stack.when]
+        mine = stacks_of(table, rule, side)
+        for what in (rule, *mine):
+            for key, choice in (*theirs, *(rule.when if mine else ())):
                 found.setdefault(id(what), {}).setdefault(key, set()).add(choice)
     return found
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import product
 
 from ..errors import SHOWN, MappingError
+from ..names import Template
 from ..sizes import SizeError
 from .completeness import CONFIG
 from .rules import Face, Field, Rule, SideName, Slot, Stack, Table, slots
@@ -114,13 +116,23 @@ class Work:
 
     def target(self, rule: Rule, what: Field, face: int, bindings: Mapping[str, int]) -> str:
         """Return the name of a face on the target side; SizeError where numbers shift by a size that is not known."""
+        return self.variant.name(self.targets[id(rule), what, face], self.to, self.moved(bindings))
+
+    def every(self, template: Template) -> list[dict[str, int]]:
+        """Return all numbers of a template on the target side; none where they are not known."""
+        holes = template.holes
+        ranges = [range(n) if n else self.numbers[self.to].get(hole, range(0)) for hole, n in holes.items()]
+        return [dict(zip(holes, values, strict=True)) for values in product(*ranges)]
+
+    def moved(self, bindings: Mapping[str, int]) -> dict[str, int]:
+        """Return numbers as the target side counts them."""
         moved = dict(bindings)
         for hole, span in self.table.holes:
             if hole in moved and span.shifted:
                 if self.sizes is None:
                     raise SizeError(f"the number of {{{hole}}} needs the sizes {span.hf} and {span.ms}")
                 moved[hole] += self.numbers[self.to][hole].start - self.numbers[self.source][hole].start
-        return self.variant.name(self.targets[id(rule), what, face], self.to, moved)
+        return moved
 
     def rows(self, rule: Rule, face: Face, known: Mapping[int, int], total: int | None, where: str) -> list[int] | None:
         """Return the rows of each part of a face from the config, or from shapes when all are equal or known."""
