@@ -33,7 +33,7 @@ class Given(ConvertGiven):
         groups={"Ranks": ("strategies", "step", "check_replicas"), **convert.manual.groups},
         examples=(
             "lorabridge reassemble checkpoint/ whole.safetensors --strategy strategy/",
-            "lorabridge reassemble checkpoint/ adapter/ --to peft --family llama --adapter-only",
+            "lorabridge reassemble checkpoint/ adapter/ --to peft --family llama",
         ),
         optional=convert.manual.optional,
     )

@@ -72,7 +72,7 @@ def test_every_option_reaches_the_library(
 def test_every_option_of_the_library_has_one_on_the_command_line() -> None:
     from dataclasses import fields
 
-    from lorabridge.commands.convert import Given
+    from lorabridge.commands.reassemble import Given  # what convert takes, and what is about ranks
 
     assert {f.name for f in fields(ConvertOptions)} - {"facts"} <= set(Given.__annotations__)
 
