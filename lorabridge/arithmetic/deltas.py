@@ -58,30 +58,23 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """What a part lacks: ``left[0] @ right[1].T + left[1] @ right[0].T``, where 0 are its factors and 1 their residues.
+    """What a part lacks: ``left @ right.T``, where each factor stands beside the other's residue.
 
-    ``left``: each ``[rows, rank]``, ``right``: each ``[columns, rank]``.
+    Residues have at most 23 bits, so that twice as many products still add up exactly.
     """
 
-    left: tuple[Matrix, Matrix]
-    right: tuple[Matrix, Matrix]
+    left: Matrix
+    right: Matrix
     rows: tuple[int, int]
     columns: tuple[int, int]
 
     def at(self, rows: Indices, columns: Indices) -> Matrix:
-        """Return single elements; ranks are added in one order, halves onto halves."""
+        """Return single elements."""
         inside = (rows >= self.rows[0]) & (rows < self.rows[1])
         inside &= (columns >= self.columns[0]) & (columns < self.columns[1])
-        i, j = rows[inside] - self.rows[0], columns[inside] - self.columns[0]
-        terms = self.left[0][i] * self.right[1][j]
-        terms += self.left[1][i] * self.right[0][j]
-        n = terms.shape[1]
-        while n > 1:
-            half = n // 2
-            terms[:, :half] += terms[:, n - half : n]
-            n -= half
+        left, right = self.left[rows[inside] - self.rows[0]], self.right[columns[inside] - self.columns[0]]
         out = np.zeros(rows.shape)
-        out[inside] = terms[:, 0]
+        out[inside] = np.einsum("ij,ij->i", left, right)
         return out
 
 
@@ -176,7 +169,7 @@ def prepare(
     found = [_products(b, a, start, folded, transposed) for b, a, start in pairs]
     parts, rest = [p for high, _, _ in found for p in high], [p for _, low, _ in found for p in low]
     if exact:
-        parts, rest = [p for high, low, _ in found for p in (*high, *map(_joined, low))], []
+        parts, rest = [p for high, low, _ in found for p in (*high, *map(_as_part, low))], []
     shape = (columns, height) if transposed else (height, columns)
     dense = bool(parts) and scaling != 0.0 and _dense(parts, shape)
     size = abs(scaling / folded) * _ABOVE
@@ -184,10 +177,8 @@ def prepare(
     return Delta(shape, tuple(parts), scaling / folded, dense, tuple(rest), bound, 0.0 if exact else doubt)
 
 
-def _joined(rest: Rest) -> Part:
-    """Return a rest as one product: residues have at most 23 bits, so twice as many products add up exactly."""
-    (left, fine), (right, small) = rest.left, rest.right
-    return Part(np.hstack([left, fine]), np.ascontiguousarray(np.hstack([small, right]).T), rest.rows, rest.columns)
+def _as_part(rest: Rest) -> Part:
+    return Part(rest.left, np.ascontiguousarray(rest.right.T), rest.rows, rest.columns)
 
 
 def _longest(x: Matrix) -> float:
@@ -271,15 +262,14 @@ def _products(
     main, rest = [], []
     lacking = bool(b1.any() or a1.any())
     for k in range(0, a.shape[0], SLICE):
-        x0, x1, y0, y1 = (np.ascontiguousarray(x[k : k + SLICE].T) for x in (b0, b1, a0, a1))
+        part = slice(k, k + SLICE)
         if transposed:
-            main.append(Part(y0, b0[k : k + SLICE], columns, where))
+            main.append(Part(np.ascontiguousarray(a0[part].T), b0[part], columns, where))
         else:
-            main.append(Part(x0, a0[k : k + SLICE], where, columns))
+            main.append(Part(np.ascontiguousarray(b0[part].T), a0[part], where, columns))
         if lacking:
-            rest.append(
-                Rest((y0, y1), (x0, x1), columns, where) if transposed else Rest((x0, x1), (y0, y1), where, columns)
-            )
+            left, right = (np.ascontiguousarray(np.vstack(x).T) for x in ((b0[part], b1[part]), (a1[part], a0[part])))
+            rest.append(Rest(right, left, columns, where) if transposed else Rest(left, right, where, columns))
     largest = _longest(b0), _longest(a0)
     return main, rest, (largest[0] * largest[1], largest[0] * _longest(a1) + _longest(b1) * largest[1])
 

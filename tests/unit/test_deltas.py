@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -130,3 +131,23 @@ def test_the_bits_do_not_depend_on_blas_threads() -> None:
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         found.add(done.stdout)
     assert len(found) == 1
+
+
+def scattered(rows: int, columns: int, seed: int) -> Matrix:
+    """Return numbers without any library's generator."""
+    x = (np.arange(1, rows * columns + 1, dtype=np.uint64) + np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
+    return ((x >> np.uint64(20)).astype(np.float64) * 2.0**-43 - 1.0).reshape(rows, columns)
+
+
+def test_undo_files_written_before_find_the_same_delta() -> None:
+    """The digest was taken of the first version that wrote undo files; a change of it makes all of them useless."""
+    digest = hashlib.sha256()
+    for rank in (1, 16, 32, 70):
+        b, a = scattered(60, rank, 1), scattered(rank, 50, 2)
+        terms = [Factors(b[:30], a, 0), Factors(b[30:] * 3, a * 0.7 + 1, 25)]
+        for exact in (False, True):
+            for transposed in (False, True):
+                for scaling in (2.0, -0.25, 1.7):
+                    delta = prepare(terms, 60, scaling, exact=exact, transposed=transposed)
+                    digest.update(bits(delta.rows(0, delta.shape[0]) + 0.0))
+    assert digest.hexdigest() == "39008a0c0e86017d0f115126d805030260607c9423f8c67069cdeb576134444f"
