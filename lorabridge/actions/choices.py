@@ -75,8 +75,8 @@ class Choice:
 
     @property
     def crosses(self) -> bool:
-        """The conversion goes from one framework's names to the other's."""
-        return self.origin.framework != self.goal.framework
+        """The conversion goes from one project's names to another's."""
+        return dialects.naming(self.origin) != dialects.naming(self.goal)
 
     @property
     def whole_model(self) -> bool:
@@ -104,7 +104,9 @@ def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
     )
     chosen = tuple(f for f in options.facts.entries if own or f.field not in ("alpha", "rank"))
     goal = _target_dialect(origin, kept, target, options)
-    family = options.family or (kept.options.get("family") if kept and origin.framework != goal.framework else None)
+    family = options.family or (
+        kept.options.get("family") if kept and dialects.naming(origin) != dialects.naming(goal) else None
+    )
     output = plan_output(target, framework=goal.framework, adapter=goal.name not in ("hf", "ms"), dialect=goal.name)
     if goal.name in PIPELINES and output.format != "safetensors" and options.facts.get("*", "alpha_in") is None:
         chosen = (*chosen, Fact("*", "alpha_in", "weights"))  # there is no other place for it

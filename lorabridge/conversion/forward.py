@@ -126,9 +126,26 @@ def _without_texts(adapter: Adapter) -> Adapter:
 
 def _table(source: Dialect, target: Dialect, settings: Settings) -> Table | None:
     """Return the table to go through; None where names stay as they are."""
-    if source.framework == target.framework or (settings.family == "identity" and not settings.layout):
+    from ..families.tables import family_names, load_family
+
+    names = dialects.naming(source), dialects.naming(target)
+    if names[0] == names[1]:
         return None
-    from ..families.tables import load_family
+    project = next((name for name in names if name not in ("hf", "ms")), "")
+    if project and "hf" not in names:
+        raise MappingError(
+            f"no table leads from the names of {source.name} to those of {target.name}",
+            hint="convert to peft first, and from there on",
+        )
+    if project and not settings.family.endswith(f"_{project}"):
+        known = [name for name in family_names(settings.mappings) if name.endswith(f"_{project}")]
+        raise MappingError(
+            f"{project} has module names of its own, which a table has to lead to",
+            where=f"tables: {', '.join(known) or 'none'}",
+            hint="name one with --family; --config gives it the sizes of the base",
+        )
+    if settings.family == "identity" and not settings.layout:
+        return None
 
     return load_family(settings.family, settings.mappings)
 
@@ -172,7 +189,7 @@ def _ties(adapter: Adapter, table: Table, target: Dialect, settings: Settings) -
 
 def _sides(target: Dialect) -> tuple[Literal["hf", "ms"], Literal["hf", "ms"]]:
     """Return the side that a target is on, and the other one."""
-    return ("ms", "hf") if target.framework == "mindspore" else ("hf", "ms")
+    return ("hf", "ms") if dialects.naming(target) == "hf" else ("ms", "hf")
 
 
 def _check_expressible(adapter: Adapter, target: Dialect) -> None:

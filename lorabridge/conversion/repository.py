@@ -21,8 +21,10 @@ MODEL_CONFIG = "config.json"
 ADAPTER_STEM = "adapter_model"
 STEMS = {"diffusers": "pytorch_lora_weights", "mindone": "pytorch_lora_weights", "mlx": "adapters"}
 """Dialects whose loaders look for another file in a directory."""
+CONTAINERS = {"torchtune": (".pt", "torch")}
+"""Dialects whose loaders look for another container in a directory."""
 MAX_CONFIG_BYTES = 16 << 20
-SAFETENSORS_DIALECTS = ("pynative", "mindone")
+SAFETENSORS_DIALECTS = ("pynative", "mindone", "mindone-peft")
 """MindSpore dialects whose loader looks for safetensors in a directory."""
 Framework = Literal["torch", "mindspore"]
 
@@ -208,6 +210,7 @@ def plan_output(target: Path | str, *, framework: Framework, adapter: bool, dial
         stem = STEMS.get(dialect, ADAPTER_STEM) if adapter else "model"
         safe = framework == "torch" or dialect in SAFETENSORS_DIALECTS
         suffix, format_name = (".safetensors", "safetensors") if safe else (".ckpt", "mindspore")
+        suffix, format_name = CONTAINERS.get(dialect, (suffix, format_name)) if adapter else (suffix, format_name)
         return Output(path, True, stem + suffix, format_name)
     return Output(path, False, path.name, formats.format_for(path))
 

@@ -17,26 +17,38 @@ from .loralib_ms import LoralibMs
 from .mindformers import Mcore, Pynative
 from .mindnlp import Mindnlp
 from .mindone import GM, LAYERS
+from .mindone_peft import MindonePeft
 from .mindpet import TK, Mindpet
 from .mlx import Mlx
 from .msbnb import Msbnb
 from .peft import Peft
 from .slora import Slora
+from .torchtune import Torchtune
 from .vllm import Vllm
 
 DIALECTS: tuple[Dialect, ...] = (
     Peft(), Loralib(), LoralibMs(), Mindpet(), TK, Mcore(), Pynative(), Slora(), Mindnlp(), Mindnlp("mindnlp-0.2"),
     Kohya(), Diffusers(), MINDONE, LAYERS, GM, Vllm(), Vllm("vllm-mindspore"), Mlx(), Msbnb(),
+    MindonePeft(),
+    Torchtune(),
 )  # fmt: skip
 
 PIPELINES = frozenset({"diffusers", "mindone"})
 """Dialects of whole pipelines: names are peft's behind a component, and alpha may go into B or into metadata."""
 
-SURE = PIPELINES | {"mindone-gm"}
+SURE = PIPELINES | {"mindone-gm", "mindone-peft"}
 """Dialects that share their factors' last names with others and claim a file by the paths before them."""
 
-CONFIGURED = frozenset({"peft", "mindnlp", "mindnlp-0.2", "vllm", "vllm-mindspore", "mlx"})
+CONFIGURED = frozenset({"peft", "mindone-peft", "mindnlp", "mindnlp-0.2", "vllm", "vllm-mindspore", "mlx", "torchtune"})
 """Dialects whose files mean nothing without the adapter_config.json that lies beside them in a directory."""
+
+NAMES = {"mindnlp": "hf", "mindnlp-0.2": "hf", "msbnb": "hf", "torchtune": "torchtune"}
+"""Whose module names a dialect has, where its framework does not say: transformers', or a project of PyTorch's."""
+
+
+def naming(dialect: Dialect) -> str:
+    """Return whose module names a dialect has: "hf" for transformers', "ms" for a MindSpore project's, or a project."""
+    return NAMES.get(dialect.name, "hf" if dialect.framework == "torch" else "ms")
 
 
 def by_name(name: str) -> Dialect:

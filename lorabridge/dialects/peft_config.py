@@ -47,7 +47,7 @@ TRAINING_ONLY = {
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 
-HEADS = {task: ("classifier", "score") for task in ("SEQ_CLS", "TOKEN_CLS")}
+HEADS = dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score"))
 """Modules that peft saves whole for a task whatever modules_to_save says; older versions did not list them there."""
 
 Number = int | float
