@@ -140,7 +140,7 @@ def scattered(rows: int, columns: int, seed: int) -> Matrix:
 
 
 def test_undo_files_written_before_find_the_same_delta() -> None:
-    """The digest was taken of the first version that wrote undo files; a change of it makes all of them useless."""
+    """The digest is that of an earlier version; with another, the undo files that were written with it are useless."""
     digest = hashlib.sha256()
     for rank in (1, 16, 32, 70):
         b, a = scattered(60, rank, 1), scattered(rank, 50, 2)
