@@ -186,7 +186,8 @@ def _record(
 
 def _container_metadata(choice: Choice, record: manifest.Manifest) -> dict[str, str]:
     """Return what the container says beside the tensors; a lone safetensors file also carries its manifest there."""
-    metadata = {"format": "ms" if choice.goal.framework == "mindspore" else "pt", **marks(record.source.metadata)}
+    ours = choice.goal.framework == "mindspore" and choice.goal.name != "mindone-peft"  # peft in torch loads it as well
+    metadata = {"format": "ms" if ours else "pt", **marks(record.source.metadata)}
     if choice.output.format == "safetensors" and not choice.output.directory:
         metadata[manifest.METADATA_KEY] = manifest.dumps(record, data=False, indent=None)
     return metadata
