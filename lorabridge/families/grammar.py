@@ -80,7 +80,7 @@ def _holes(reader: Reader, data: Item) -> tuple[tuple[str, Span], ...]:
     found = []
     for name, value in items.items():
         if isinstance(value, str):
-            first, dots, last = value.partition("..")
+            first, dots, last = (text.strip() for text in value.partition(".."))
             start = reader.size(ref, name, first if dots else "0")
             found.append((name, Span(start, start, stop=reader.size(ref, name, last if dots else first))))
         elif isinstance(value, dict):

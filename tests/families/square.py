@@ -61,9 +61,17 @@ def adapter_on(
     return Adapter(tuple(modules), tuple(extras))
 
 
+def item_of(made: Model, module: LoraModule) -> np.ndarray:
+    """Return a view of one expert's matrix in the tensor that stacks them."""
+    assert module.stack is not None
+    made[module.stack.parameter] = np.ascontiguousarray(made[module.stack.parameter])
+    whole = made[module.stack.parameter]
+    return whole.reshape(module.stack.count or 0, -1, whole.shape[-1])[module.stack.number]
+
+
 def merged(store: Store, base: Mapping[str, np.ndarray], adapter: Adapter) -> Model:
     """Return a model's parameters after merging (DoRA, Liu et al. 2024: rows rescaled to the magnitude)."""
-    made = dict(base)
+    made = {name: values.copy() for name, values in base.items()}
     for extra in adapter.extras:
         assert extra.name in made, extra.name
         made[extra.name] = store.value(extra.value)
@@ -71,11 +79,15 @@ def merged(store: Store, base: Mapping[str, np.ndarray], adapter: Adapter) -> Mo
         name = f"{module.path}.{module.weight}"
         name = name if name in made else f"{module.path}.weight"
         turned = module.kind == "embedding" or bool(module.fan_in_fan_out)
-        weight = made[name].T if turned else made[name]
+        stored = made[name] if name in made else item_of(made, module)
+        weight = stored.T if turned else stored
         total = weight + delta(store, module, weight.shape[1])
         if module.magnitude is not None:
             total *= (store.value(module.magnitude) / np.linalg.norm(total, axis=1))[:, None]
-        made[name] = total.T if turned else total
+        if name in made:
+            made[name] = total.T if turned else total
+        else:
+            item_of(made, module)[...] = total.T if turned else total
         if module.lora_bias is not None:
             made[f"{module.path}.bias"] = made[f"{module.path}.bias"] + module.scaling.value * store.value(
                 module.lora_bias
