@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..axes import reads
 from ..errors import MappingError
-from .adapter import Adapter, Content, Facts, LoraModule, Value, Written
+from .adapter import Adapter, Content, Extra, Facts, LoraModule, Value, Written
 from .pairs import MERGE, Problems
 from .peft import PEFT
 from .peft_config import changes_base
@@ -59,8 +60,11 @@ class MindonePeft:
         return f"tensor {found} is named as in mindspore.nn, among peft's" if ours and found else None
 
     def parse(self, content: Content) -> Adapter:
-        """Resolve names and config exactly as for peft."""
-        return PEFT.parse(content)
+        """Resolve names and config as for peft, to which a ``beta`` is the bias that it is."""
+        specs = {_as_bias(name, content): spec for name, spec in content.specs.items()}
+        adapter = PEFT.parse(replace(content, specs=specs))
+        extras = (replace(e, parameter="beta") if _is_beta(e) else e for e in adapter.extras)
+        return replace(adapter, extras=tuple(extras))
 
     def write(self, adapter: Adapter, facts: Facts) -> Written:
         """Spell an adapter as MindOne's peft loads it; MappingError names what it has no place for, and the cure.
@@ -76,6 +80,16 @@ class MindonePeft:
             fields["init_lora_weights"] = True
         fields |= _scaling(written.modules, config)
         return replace(written, config=fields, notes=(*_unnamed(adapter), *written.notes))
+
+
+def _as_bias(name: str, content: Content) -> str:
+    path, _, parameter = name.rpartition(".")
+    renamed = f"{path}.bias"
+    return renamed if parameter == "beta" and renamed not in content.specs else name
+
+
+def _is_beta(extra: Extra) -> bool:
+    return extra.parameter == "bias" and any(name.endswith(".beta") for name in reads(extra.value))
 
 
 def _refuse(adapter: Adapter) -> None:
