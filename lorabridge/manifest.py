@@ -163,6 +163,17 @@ def _stated(text: str, *, where: str) -> Facts | None:
         raise InputError(f"sidecar is malformed: {error}", where=where, hint=f"known facts: {known}") from error
 
 
+def facts_text(facts: Facts) -> str:
+    """Spell facts as a sidecar like those that are written by hand."""
+    every: dict[str, Value] = {}
+    modules: dict[str, dict[str, Value]] = {}
+    for entry in facts.entries:
+        place = every if entry.pattern == "*" else modules.setdefault(entry.pattern, {})
+        place.setdefault(entry.field, entry.value)
+    document = {"schema": FACTS_SCHEMA, **every, **({"modules": modules} if modules else {})}
+    return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+
 def facts_json(facts: Facts) -> list[list[Value]]:
     """Return facts as [pattern, field, value] rows."""
     return [[entry.pattern, entry.field, entry.value] for entry in facts.entries]

@@ -25,7 +25,8 @@ from .choices import dtype_named
 from .combine_methods import METHODS, Maker, Part
 from .combine_report import CombinedRow, CombineReport
 from .publish import Origin, adapter_target, check_free, pack, publish
-from .sides import Route, Side, bits_of, open_side
+from .routes import Told, named_route
+from .sides import Side, bits_of, open_side
 
 Progress = Callable[[int, int], None]
 
@@ -179,14 +180,14 @@ def _origin(sides: Sequence[Side], options: CombineOptions) -> tuple[Origin, tup
 def _ready(sides: Sequence[Side], options: CombineOptions, framework: Framework) -> list[Adapter]:
     """Return the adapters in the target's names, selected, each over the joined sources."""
     config = next((side.given.model_config for side in sides if side.given.model_config), None)
-    route = Route(options.family, options.layout, options.mappings, config)
+    way = named_route(Told(options.family, options.layout, options.mappings), config)
     bare = [side.path for side in sides if not side.adapter.modules]
     if bare:
         raise InputError("an input carries no LoRA factors", where=bare, hint="name adapters only")
     _check_names(sides, options)
     _refuse(sides)
     adapters = _selected([side.adapter for side in sides], options)
-    carried = [route.carry(a, s.dialect.framework, framework) for a, s in zip(adapters, sides, strict=True)]
+    carried = [way.carry(a, s.dialect.framework, framework) for a, s in zip(adapters, sides, strict=True)]
     return [prefixed(a, f"in{i}", s.source.specs) for i, (a, s) in enumerate(zip(carried, sides, strict=True))]
 
 

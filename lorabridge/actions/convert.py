@@ -17,7 +17,7 @@ from ..conversion import execute, plan, wayback
 from ..conversion.forward import Forward, forward, options_text
 from ..conversion.repository import ADAPTER_CONFIG, MODEL_CONFIG, Input, files_of, open_input
 from ..dialects import CONFIGURED, PIPELINES
-from ..dialects.adapter import CARRIED, DIRECTORY, TITLE, Json, LoraModule
+from ..dialects.adapter import CARRIED, DIRECTORY, TITLE, Facts, Json, LoraModule
 from ..dialects.diffusers_write import METADATA
 from ..dialects.mindformers_config import config_files
 from ..distributed.assembled import Assembled
@@ -38,7 +38,7 @@ DIGEST_LIMIT = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A conversion that is planned and not yet run."""
+    """A conversion that is planned and not yet run; ``stated``: what the restored source does not say itself."""
 
     choice: Choice
     plan: plan.Plan
@@ -52,6 +52,7 @@ class Job:
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     files: Mapping[str, str] = field(default_factory=dict)
+    stated: Facts = field(default_factory=Facts)
 
 
 def convert(
@@ -121,6 +122,7 @@ def _return_job(given: Input, choice: Choice, kept: manifest.Manifest, back: way
         metadata=dict(kept.source.metadata) if same_container else marks(kept.source.metadata),
         config=wayback.restored_config(kept),
         manifest=None,
+        stated=kept.stated,
         residues=back.residues,
         modules=(),
         compressed=(),
@@ -311,6 +313,11 @@ def _companions(
             files["lorabridge.json"] = manifest.dumps(record)
         elif beside:
             files[manifest.sidecar(Path(job.choice.output.file)).name] = manifest.dumps(record)
+    elif job.stated.entries:
+        sidecar = (
+            "lorabridge.json" if job.choice.output.directory else manifest.sidecar(Path(job.choice.output.file)).name
+        )
+        files[sidecar] = manifest.facts_text(job.stated)
     return files
 
 

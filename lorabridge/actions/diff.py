@@ -22,7 +22,8 @@ from ..names import natural_key
 from ..tensors import Source
 from . import bounds
 from .diff_report import DeltaRow, DiffReport, TensorRow
-from .sides import Route, Rows, Side, open_side
+from .routes import Told, route
+from .sides import Rows, Side, open_side
 from .thin import Thin, difference, thin
 
 Progress = Callable[[int, int], None]
@@ -59,9 +60,9 @@ def diff(
     started = time.perf_counter()
     options = options or DiffOptions()
     with ExitStack() as stack:
-        one = open_side(first, dialect=options.source_dialect, config=options.config, facts=options.facts)
+        one = open_side(first, dialect=options.source_dialect, config=options.config, facts=options.facts, role="A")
         stack.callback(one.close)
-        two = open_side(second, dialect=options.target_dialect, config=options.config, facts=options.facts)
+        two = open_side(second, dialect=options.target_dialect, config=options.config, facts=options.facts, role="B")
         stack.callback(two.close)
         mine, theirs, unselected = _common(one, two, options)
         work = _Work(mine, one.source, theirs, two.source, options, progress)
@@ -76,10 +77,11 @@ def diff(
 
 def _common(one: Side, two: Side, options: DiffOptions) -> tuple[Adapter, Adapter, int]:
     """Return both contents in the second's names, selected, and how many tensors the selection leaves."""
-    config = next((side.given.model_config for side in (one, two) if side.given.model_config), None)
-    route = Route(options.family, options.layout, options.mappings, config)
+    known = [side.kept for side in (two, one) if side.kept is not None]
+    kept = next((one for one in known if one.options.get("family", "identity") != "identity"), None)
+    way = route(one, two, (), kept, Told(options.family, options.layout, options.mappings))
     wanted = Selection(options.include, options.exclude)
-    carried = route.carry(one.adapter, one.dialect.framework, two.dialect.framework)
+    carried = way.carry(one.adapter, one.dialect.framework, two.dialect.framework)
     mine, gone = select(carried, wanted)
     theirs, also = select(two.adapter, wanted)
     return mine, theirs, max(len(gone), len(also))

@@ -28,7 +28,8 @@ from .choices import dtype_named
 from .extract_changes import Changed, Changes, Pair, find_changes
 from .extract_report import ExtractedRow, ExtractReport
 from .publish import Origin, Target, adapter_target, check_free, pack, publish
-from .sides import Route, Rows, Side, open_side
+from .routes import Told, named_route
+from .sides import Rows, Side, open_side
 
 Progress = Callable[[int, int], None]
 KEPT_BYTES = 256 << 20
@@ -141,8 +142,8 @@ def _pair(sides: list[Side], goal: Target, options: ExtractOptions) -> Pair:
             hint="name its table with --family, or --family identity where the names are the same",
         )  # fmt: skip
     config = next((side.given.model_config for side in reversed(sides) if side.given.model_config), None)
-    route = Route(family, options.layout, options.mappings, config)
-    base, tuned = (route.carry(side.adapter, side.dialect.framework, framework) for side in sides)
+    way = named_route(Told(family, options.layout, options.mappings), config)
+    base, tuned = (way.carry(side.adapter, side.dialect.framework, framework) for side in sides)
     return Pair(base, sides[0].source, tuned, sides[1].source, framework, family, options.mappings, config)
 
 

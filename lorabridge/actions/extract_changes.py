@@ -19,8 +19,8 @@ from ..dialects.pairs import EMBEDDING_WEIGHTS
 from ..dialects.readings import EMBEDDING_WORDS
 from ..errors import InputError, MappingError
 from ..families import tables
-from ..families.variants import Index
 from ..families.rules import SideName, Slot, Table
+from ..families.variants import Index
 from ..tensors import Source
 from .sides import Rows
 

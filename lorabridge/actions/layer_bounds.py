@@ -18,8 +18,8 @@ from ..dtypes import DType
 from ..tensors import Source
 from . import bounds
 from .layer_side import Array, Base
+from .sides import numbers_of
 from .thin import Thin, norm, thin
-from .verify_inputs import numbers_of
 
 ROWS = 1024
 """Rows of a base weight that are handled at once."""

@@ -58,8 +58,9 @@ def groups(case: Case) -> tuple[tuple[LoraModule, ...], tuple[Group, ...], tuple
     modules = first_modules(case)
     markers = tuple(_marker(number, module) for number, module in enumerate(modules))
     carried = case.route.carry(
-        replace(case.first.adapter, modules=markers, extras=()), case.first.dialect, case.second.dialect
-    )
+        replace(case.first.adapter, modules=markers, extras=()), case.first.dialect.framework,
+        case.second.dialect.framework,
+    )  # fmt: skip
     arrived = {(m.path, _weight(m)): m for m in carried.modules}
     theirs = {(m.path, _weight(m)): m for m in case.second.adapter.modules}
     wired = {key: _wires(arrived[key], modules) for key in theirs if key in arrived}

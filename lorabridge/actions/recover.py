@@ -22,7 +22,8 @@ from . import bounds
 from .inspect_pairs import loose_pairs
 from .recover_fit import Fit, Reading, fit, readings
 from .recover_report import RecoveredRow, RecoverReport, suggest
-from .sides import Route, Rows, Side, numbers_of, open_side
+from .routes import Route, Told, named_route, route
+from .sides import Rows, Side, numbers_of, open_side
 from .thin import thin
 
 Progress = Callable[[int, int], None]
@@ -108,12 +109,11 @@ def recover(
     with ExitStack() as stack:
         models: list[Side] = []
         for path in (base, merged):
-            models.append(open_side(path, facts=stand_in))
+            models.append(open_side(path, facts=stand_in, role=("BASE", "MERGED")[len(models)]))
             stack.callback(models[-1].close)
-        given, source, framework, unknowns, own = _unknowns(adapter, options, stand_in, stack)
-        config = next((side.given.model_config for side in models if side.given.model_config), None)
-        route = Route(options.family, options.layout, options.mappings, config)
-        before, after = (_parameters(route.carry(m.adapter, m.dialect.framework, framework)) for m in models)
+        given, source, framework, unknowns, own, side = _unknowns(adapter, options, stand_in, stack)
+        way = _way(models, side, options)
+        before, after = (_parameters(way.carry(m.adapter, m.dialect.framework, framework)) for m in models)
         work = _Work(before, models[0].source, after, models[1].source, own, source)
         rows = []
         for done, one in enumerate(unknowns):
@@ -131,12 +131,20 @@ def recover(
     )  # fmt: skip
 
 
+def _way(models: Sequence[Side], adapter: Side | None, options: RecoverOptions) -> Route:
+    """Return the route from the models' names to the adapter's: of a file that no dialect reads only what is named."""
+    told = Told(options.family, options.layout, options.mappings)
+    if adapter is not None:
+        return route(models[0], adapter, models[1:], adapter.kept, told)
+    return named_route(told, next((side.given.model_config for side in models if side.given.model_config), None))
+
+
 def _unknowns(
     path: Path | str, options: RecoverOptions, stand_in: Facts, stack: ExitStack
-) -> tuple[str, Source, Framework, list[Unknown], dict[str, Expr]]:
+) -> tuple[str, Source, Framework, list[Unknown], dict[str, Expr], Side | None]:
     """Return the adapter's modules as far as its file tells: parsed where a dialect can, else by their names alone."""
     try:
-        side = open_side(path, config=options.config, facts=stand_in)
+        side = open_side(path, config=options.config, facts=stand_in, role="ADAPTER")
     except MappingError as error:
         given = open_input(Path(path), config=options.config)
         stack.callback(given.source.close)
@@ -154,13 +162,13 @@ def _unknowns(
         framework: Framework = "mindspore" if given.source.format == "mindspore" else "torch"
         paired = {half.name for pair in pairs for half in (pair.pairs[0].a, pair.pairs[0].b)}
         rest = {name.removeprefix(PREFIX): read(spec) for name, spec in specs.items() if name not in paired}
-        return str(path), given.source, framework, found, rest
+        return str(path), given.source, framework, found, rest, None
     stack.callback(side.close)
     if not side.adapter.modules:
         raise InputError("the third input carries no LoRA factors", where=str(path), hint="name BASE MERGED ADAPTER")
     found = [_known(module) for module in side.adapter.modules]
     own = {extra.name: extra.value for extra in side.adapter.extras}
-    return side.path, side.source, side.dialect.framework, found, own
+    return side.path, side.source, side.dialect.framework, found, own, side
 
 
 def _stated(facts: Facts, path: str, rank: int) -> float | None:

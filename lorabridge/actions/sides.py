@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,9 @@ import numpy as np
 from ..arithmetic import numerics
 from ..arithmetic.floats import Bits, Numbers
 from ..axes import Expr, Read, evaluate, reads
-from ..conversion.repository import Framework, Input, open_input
-from ..dialects.adapter import Adapter, Content, Dialect, Facts, Json
+from ..conversion.repository import Input, open_input
+from ..dialects.adapter import Adapter, Content, Dialect, Facts
 from ..errors import MappingError
-from ..families import tables
 from ..manifest import Manifest
 from ..tensors import Source
 from .choices import source_dialect
@@ -26,13 +25,17 @@ BLOCK_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One checkpoint, read as its dialect; ``kept`` is its manifest where that describes it."""
+    """One checkpoint, read as its dialect.
+
+    ``kept`` is its manifest where that describes it; ``role``: what a command calls it in messages ("SRC", "A").
+    """
 
     given: Input
     dialect: Dialect
     kept: Manifest | None
     content: Content
     adapter: Adapter
+    role: str = ""
 
     @property
     def source(self) -> Source:
@@ -44,14 +47,20 @@ class Side:
         """The path as given."""
         return str(self.given.path)
 
+    @property
+    def is_adapter(self) -> bool:
+        """The checkpoint carries LoRA factors."""
+        return bool(self.adapter.modules)
+
     def close(self) -> None:
         """Release the file."""
         self.given.source.close()
 
 
 def open_side(
-    path: Path | str, *, dialect: str | None = None, config: Path | None = None, facts: Facts | None = None
-) -> Side:
+    path: Path | str, *, dialect: str | None = None, config: Path | None = None, facts: Facts | None = None,
+    role: str = "",
+) -> Side:  # fmt: skip
     """Open one checkpoint and read its headers; errors are those of a conversion of the same file.
 
     ``facts`` are for every file of a command, so what a file's own manifest or sidecar says outranks them.
@@ -62,30 +71,10 @@ def open_side(
         said = given.stated.then(kept.facts if kept else Facts()).then(facts or Facts())
         origin = source_dialect(given, kept, said, dialect)
         content = given.content(said)
-        return Side(given, origin, kept, content, origin.parse(content))
+        return Side(given, origin, kept, content, origin.parse(content), role)
     except BaseException:
         given.source.close()
         raise
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """The family table between one framework's names and the other's; None keeps every name as it is."""
-
-    family: str | None = None
-    layout: Mapping[str, str] = field(default_factory=dict)
-    mappings: Path | None = None
-    model_config: Json | None = None
-
-    def carry(self, adapter: Adapter, framework: Framework, to: Framework) -> Adapter:
-        """Return an adapter or a whole model in the names of a framework; MappingError where a name has none."""
-        if framework == to or self.family in (None, "identity"):
-            return adapter
-        table = tables.load_family(self.family or "", self.mappings)
-        sizes = tables.sizes_from_config(table, self.model_config) if self.model_config else None
-        told = tables.layout_from_config(table, self.model_config or {})
-        side = "ms" if to == "mindspore" else "hf"
-        return tables.map_adapter(table, adapter, to=side, sizes=sizes, layout={**told, **self.layout})  # type: ignore[arg-type]
 
 
 def bits_of(expr: Expr, source: Source) -> Bits:

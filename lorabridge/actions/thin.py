@@ -18,7 +18,7 @@ from ..dialects import factors
 from ..dialects.adapter import LoraModule, Term
 from ..dtypes import DType
 from ..tensors import Source
-from .verify_inputs import numbers_of
+from .sides import numbers_of
 
 
 @dataclass(frozen=True, slots=True)

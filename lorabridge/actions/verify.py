@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
+from .sides import Side
 from .verify_case import Case, Progress, decide
-from .verify_inputs import Opened, VerifyOptions, open_side
+from .verify_inputs import VerifyOptions, described, opened
 from .verify_report import DepthResult, VerifyReport
 from .verify_tensors import verify_tensors
 
@@ -35,19 +36,19 @@ def verify(
     options = options or VerifyOptions()
     with ExitStack() as stack:
 
-        def opened(role: str, path: Path) -> Opened:
-            side = open_side(role, path, options)
+        def side_of(role: str, path: Path) -> Side:
+            side = opened(role, path, options)
             stack.callback(side.source.close)
             return side
 
-        first, second = opened("SRC", Path(source)), opened("DST", Path(target))
-        base = opened("BASE", options.base) if options.base is not None else None
+        first, second = side_of("SRC", Path(source)), side_of("DST", Path(target))
+        base = side_of("BASE", options.base) if options.base is not None else None
         case = decide(first, second, base, options)
         chosen = _chosen(case, options)
         depths = tuple(_run(name, depth, case, options, progress) for name, depth in chosen.items())
         return VerifyReport(
             relation=case.relation,
-            files=tuple(side.describe() for side in (first, second, base) if side is not None),
+            files=tuple(described(side) for side in (first, second, base) if side is not None),
             depths=depths,
             compared=case.compared(),
             warnings=case.warnings,

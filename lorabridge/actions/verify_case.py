@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from ..manifest import Manifest
-from .verify_inputs import Opened, Route, VerifyOptions, route
+from .routes import Route, route
+from .sides import Side
+from .verify_inputs import VerifyOptions
 from .verify_report import RELATIONS, Relation
 
 Progress = Callable[[str, int, int], None]
@@ -23,9 +25,9 @@ class Case:
     """
 
     relation: Relation
-    first: Opened
-    second: Opened
-    base: Opened | None
+    first: Side
+    second: Side
+    base: Side | None
     kept: Manifest | None
     route: Route
     warnings: tuple[str, ...]
@@ -48,7 +50,7 @@ class Case:
         return tuple(lines)
 
 
-def decide(source: Opened, target: Opened, base: Opened | None, options: VerifyOptions) -> Case:
+def decide(source: Side, target: Side, base: Side | None, options: VerifyOptions) -> Case:
     """Say what the files are to each other; UsageError where a base is needed or nothing fits."""
     warnings = [f"{one.role}: {text}" for one in (source, target, base) if one for text in one.adapter.warnings]
     first, second, kept = source, target, None
@@ -79,18 +81,18 @@ def decide(source: Opened, target: Opened, base: Opened | None, options: VerifyO
             raise UsageError("--base is an adapter", where=str(base.given.path), hint="give the model without adapter")
         first, second = (source, target) if source.is_adapter else (target, source)
     others = [base] if base is not None else []
-    chosen = route(_named_otherwise(first, second, base, relation), second, others, kept, options)
+    chosen = route(_named_otherwise(first, second, base, relation), second, others, kept, options.told)
     return Case(relation, first, second, base, kept, chosen, tuple(dict.fromkeys(warnings)))
 
 
-def _named_otherwise(first: Opened, second: Opened, base: Opened | None, relation: Relation) -> Opened:
+def _named_otherwise(first: Side, second: Side, base: Side | None, relation: Relation) -> Side:
     """Return the file whose names decide the table: of a merge, the base's, which are all of the model's."""
     if relation == "merge" and base is not None and base.dialect.framework != second.dialect.framework:
         return base
     return first
 
 
-def _came_from(made: Opened, origin: Opened) -> bool:
+def _came_from(made: Side, origin: Side) -> bool:
     """Say whether a file's manifest describes a conversion of the other file."""
     if made.kept is None or made.kept.made:
         return False

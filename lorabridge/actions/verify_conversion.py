@@ -19,7 +19,8 @@ from ..dialects.adapter import Facts
 from ..errors import LorabridgeError
 from ..manifest import Manifest, facts_json
 from ..tensors import Source
-from .verify_inputs import Opened, VerifyOptions
+from .sides import Side
+from .verify_inputs import VerifyOptions
 from .verify_report import Check
 
 Step = Callable[[int], None]
@@ -34,7 +35,7 @@ class Replanned:
     checks: tuple[Check, ...]
 
 
-def replan(origin: Opened, kept: Manifest, options: VerifyOptions) -> Replanned | Check:
+def replan(origin: Side, kept: Manifest, options: VerifyOptions) -> Replanned | Check:
     """Plan the conversion that a manifest describes for a file as it lies there; a failed check where that fails.
 
     The file's own config and facts count, so that an alpha changed since is seen; what it does not say is taken from
@@ -177,9 +178,7 @@ def recorded_digests(made: Source, kept: Manifest, step: Step) -> Check | None:
     return Check("recorded checksums", not wrong, f"sha256 of {len(kept.digests)} tensors", tuple(wrong))
 
 
-def plain_plan(
-    first: Opened, second: Opened, family: str, layout: Mapping[str, str], options: VerifyOptions
-) -> Replanned:
+def plain_plan(first: Side, second: Side, family: str, layout: Mapping[str, str], options: VerifyOptions) -> Replanned:
     """Plan the conversion between two whole models that no manifest describes; MappingError where a table refuses."""
     settings = settings_from(
         {"family": family, **{f"layout.{key}": value for key, value in layout.items()}},

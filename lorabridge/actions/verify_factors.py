@@ -17,8 +17,8 @@ from ..dtypes import DType
 from ..errors import MappingError
 from ..tensors import Source
 from . import bounds
+from .sides import bits_of, numbers_of
 from .thin import Difference, Thin, difference, norm, thin
-from .verify_inputs import bits_of, numbers_of
 from .verify_report import Check, ModuleRow
 
 Step = Callable[[int], None]

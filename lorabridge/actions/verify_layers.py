@@ -22,9 +22,10 @@ from .layer_bounds import Rounded, layer_bound, rounded_between
 from .layer_groups import Group, Wire, groups
 from .layer_inputs import generator, inputs, random_base, weight_shape
 from .layer_side import NEEDS, Array, Base, Layer, runner, stored, widened, worker
+from .sides import Side, bits_of
 from .thin import norm, thin
 from .verify_case import Case, Progress
-from .verify_inputs import Opened, VerifyOptions, bits_of
+from .verify_inputs import VerifyOptions
 from .verify_merge import stored_in_out
 from .verify_report import DepthResult, ModuleRow
 from .verify_tensors import meter
@@ -97,10 +98,10 @@ def _weight_bytes(group: Group) -> int:
     return sum(4 * int(np.prod(weight_shape(module))) for module, _ in group.second)
 
 
-def _carried(case: Case, side: Opened) -> Parameters:
+def _carried(case: Case, side: Side) -> Parameters:
     if case.base is None:
         return {}
-    adapter = case.route.carry(case.base.adapter, case.base.dialect, side.dialect)
+    adapter = case.route.carry(case.base.adapter, case.base.dialect.framework, side.dialect.framework)
     return {extra.name: extra.value for extra in adapter.extras}
 
 
@@ -185,7 +186,7 @@ class _Output:
 
 
 def _side(
-    side: Opened, module: LoraModule, base: Base, x: Array, dtype: DType, between: Rounded | None = None
+    side: Side, module: LoraModule, base: Base, x: Array, dtype: DType, between: Rounded | None = None
 ) -> _Output:  # fmt: skip
     tensors = stored(module, side.source, dtype)
     bound, size = layer_bound(module, side.source, base, x, dtype, between or Rounded())

@@ -17,8 +17,8 @@ from ..dtypes import BY_NAME, DType
 from ..errors import MappingError
 from ..tensors import Source
 from .merged_values import Merged, Sums, expected_rows
+from .sides import bits_of, numbers_of
 from .thin import Thin, norm, thin
-from .verify_inputs import bits_of, numbers_of
 from .verify_report import Check, ModuleRow
 
 Step = Callable[[int], None]

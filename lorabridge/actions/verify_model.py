@@ -24,9 +24,10 @@ from ..errors import MappingError, UsageError
 from ..families import tables
 from . import verify_outputs as outputs
 from . import verify_torch
+from .sides import Side, numbers_of
 from .verify_architecture import batches
 from .verify_case import Case, Progress
-from .verify_inputs import Opened, VerifyOptions, numbers_of
+from .verify_inputs import VerifyOptions, described
 from .verify_report import Check, DepthResult, ModuleRow
 from .verify_setup import Half, Setup, is_peft, one_line, prepare, refusal
 from .verify_tensors import meter
@@ -54,7 +55,7 @@ def verify_model(case: Case, options: VerifyOptions, progress: Progress | None =
     """
     started = time.perf_counter()
     setup = prepare(case)
-    weight = setup.torch.weights.describe().nbytes
+    weight = described(setup.torch.weights).nbytes
     step = meter("model", PASSES * weight, progress)
     given = batches(setup.config, options.seed)
     with frameworks.exact_arithmetic("torch", "mindspore"):
@@ -219,7 +220,7 @@ def _attach(setup: Setup, network: TorchNetwork) -> list[Check]:
     return [Check("peft finds every parameter of its adapter", not missing, "; ".join(missing)[:500])]
 
 
-def _peft_folder(holder: Opened, scratch: Path, dtype: DType | None) -> Path:
+def _peft_folder(holder: Side, scratch: Path, dtype: DType | None) -> Path:
     """Return the adapter's directory as peft reads it.
 
     A lone file gets one with the config that belongs to it, and so do numbers that are to be rounded.
@@ -243,7 +244,7 @@ def _peft_folder(holder: Opened, scratch: Path, dtype: DType | None) -> Path:
     return scratch
 
 
-def _numbers(expr: Expr, holder: Opened, dtype: DType | None) -> Array:
+def _numbers(expr: Expr, holder: Side, dtype: DType | None) -> Array:
     """Return numbers of a file in float32, rounded to a coarser type first where there is one."""
     exact = numbers_of(expr, holder.source)
     return (exact if dtype is None else rounded(exact, dtype)).astype(np.float32)

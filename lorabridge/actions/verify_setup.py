@@ -11,9 +11,9 @@ from ..dtypes import DType
 from ..errors import LorabridgeError, MappingError, UsageError
 from ..families import tables
 from .bounds import roundoff
+from .sides import Side
 from .verify_architecture import Architecture, architecture
 from .verify_case import Case
-from .verify_inputs import Opened
 
 NEEDS = ("torch", "transformers", "mindspore")
 
@@ -22,8 +22,8 @@ NEEDS = ("torch", "transformers", "mindspore")
 class Half:
     """One framework's network: a whole model's weights, and an adapter on top with the file that holds it."""
 
-    weights: Opened
-    holder: Opened | None = None
+    weights: Side
+    holder: Side | None = None
     adapter: Adapter | None = None
 
 

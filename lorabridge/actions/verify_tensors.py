@@ -19,7 +19,7 @@ from .verify_conversion import (
     tied,
 )
 from .verify_factors import Both, compare, extras
-from .verify_inputs import VerifyOptions
+from .verify_inputs import VerifyOptions, described
 from .verify_merge import Parts, frozen, merge_rows
 from .verify_report import Check, DepthResult, ModuleRow
 
@@ -35,7 +35,7 @@ def verify_tensors(case: Case, options: VerifyOptions, progress: Progress | None
     if case.relation == "conversion":
         checks, rows, proved = _conversion(case, options, step)
     elif case.relation == "adapters":
-        carried = case.route.carry(case.first.adapter, case.first.dialect, case.second.dialect)
+        carried = case.route.carry(case.first.adapter, case.first.dialect.framework, case.second.dialect.framework)
         both = Both(carried, case.first.source, case.second.adapter, case.second.source)
         rows, checks = compare(both, step), (extras(both),)
         proved = ("deltas are equal: factors bit for bit, or as the rows say",)
@@ -63,7 +63,7 @@ def meter(depth: str, total: int, progress: Progress | None) -> Step:
 
 
 def _total(case: Case) -> int:
-    sizes = [one.describe().nbytes for one in (case.first, case.second)]
+    sizes = [described(one).nbytes for one in (case.first, case.second)]
     return {"conversion": sum(sizes) + 2 * sizes[1], "models": sum(sizes), "adapters": sum(sizes)}.get(
         case.relation, sizes[1]
     ) or 1  # fmt: skip
@@ -99,8 +99,8 @@ def _both_ways(planned: Replanned, case: Case, step: Step) -> list[Check]:
 
 def _merge(case: Case, step: Step) -> tuple[tuple[Check, ...], tuple[ModuleRow, ...], tuple[str, ...]]:
     assert case.base is not None
-    adapter = case.route.carry(case.first.adapter, case.first.dialect, case.second.dialect)
-    base = case.route.carry(case.base.adapter, case.base.dialect, case.second.dialect)
+    adapter = case.route.carry(case.first.adapter, case.first.dialect.framework, case.second.dialect.framework)
+    base = case.route.carry(case.base.adapter, case.base.dialect.framework, case.second.dialect.framework)
     parts = Parts(
         adapter, case.first.source, _parameters(base), case.base.source,
         _parameters(case.second.adapter), case.second.source,
