@@ -1,0 +1,96 @@
+"""Distributed checkpoints in other commands: merged, converted, verified and compared without a whole one between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorabridge.actions.choices import ConvertOptions
+from lorabridge.actions.convert import convert
+from lorabridge.actions.merge import merge
+from lorabridge.actions.merge_inputs import MergeOptions
+from lorabridge.actions.reassemble import reassemble
+from lorabridge.actions.reshard import ReshardOptions, reshard
+from lorabridge.dialects.adapter import Fact, Facts
+from lorabridge.distributed.parallel import Sizes
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a Llama of four layers, a peft adapter, what peft merges, and both as MindFormers' ranks.
+
+    The base is cut for tensor parallel 2 in two stages, the adapter, tuned by another run, for tensor parallel 4.
+    """
+    work = tmp_path_factory.mktemp("composition")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4, vocab_size=64,
+        num_hidden_layers=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(work / "base")
+    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj", "down_proj"]))
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.05)
+    tuned.save_pretrained(work / "adapter")
+    tuned.merge_and_unload().save_pretrained(work / "theirs")
+    given = ConvertOptions(family="llama", config=work / "base" / "config.json")
+    convert(work / "base", work / "base_ms.safetensors", ConvertOptions(target_dialect="ms", family="llama"))
+    convert(
+        work / "adapter", work / "lora.safetensors",
+        ConvertOptions(target_dialect="mindpet", family="llama", config=given.config),
+    )  # fmt: skip
+    reshard(work / "base_ms.safetensors", work / "base_ranks", ReshardOptions(sizes=Sizes(2, 2)))
+    reshard(work / "lora.safetensors", work / "lora_ranks", ReshardOptions(sizes=Sizes(4)))
+    return work
+
+
+def test_ranks_of_two_runs_with_a_strategy_each_merge_in_one_pass(work: Path, tmp_path: Path) -> None:
+    alpha = Facts((Fact("*", "alpha", 8.0),))
+    merge(work / "base_ranks", [work / "lora_ranks"], tmp_path / "merged.safetensors", MergeOptions(facts=alpha))
+    merge(
+        work / "base_ms.safetensors",
+        [work / "lora.safetensors"],
+        tmp_path / "one.safetensors",
+        MergeOptions(facts=alpha),
+    )
+    ours, whole = load_file(tmp_path / "merged.safetensors"), load_file(tmp_path / "one.safetensors")
+    assert ours.keys() == whole.keys()
+    assert all(torch.equal(ours[name], whole[name]) for name in ours)
+
+
+def test_ranks_become_a_hugging_face_model_in_one_pass(work: Path, tmp_path: Path) -> None:
+    options = ConvertOptions(target_dialect="hf", family="llama", config=work / "base" / "config.json")
+    reassemble(work / "base_ranks", tmp_path / "model", options)
+    ours, theirs = load_file(tmp_path / "model" / "model.safetensors"), load_file(work / "base" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    LlamaForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_adapter_ranks_become_a_peft_directory_in_one_pass(work: Path, tmp_path: Path) -> None:
+    alpha = Facts((Fact("*", "alpha", 8.0),))
+    options = ConvertOptions(target_dialect="peft", family="llama", facts=alpha, config=work / "base" / "config.json")
+    reassemble(work / "lora_ranks", tmp_path / "adapter", options)
+    ours = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    theirs = load_file(work / "adapter" / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_merge_of_ranks_agrees_with_pefts(work: Path, tmp_path: Path) -> None:
+    options = MergeOptions(target_dialect="hf", family="llama", config=work / "base" / "config.json")
+    merge(work / "base_ranks", [work / "adapter"], tmp_path / "merged", options)
+    ours, theirs = (
+        load_file(tmp_path / "merged" / "model.safetensors"),
+        load_file(work / "theirs" / "model.safetensors"),
+    )
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name], value, rtol=0, atol=2e-7), name
