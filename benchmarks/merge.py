@@ -1,13 +1,13 @@
 """Measure `lorabridge merge` against a plain copy with fsync and against what people use today.
 
-    python benchmarks/merge.py [--dir DIR] [--times 3] [--gb 2] [--mergekit PYTHON] [--axolotl PYTHON]
+    python benchmarks/merge.py [--times 3] [--gb 2] [--mergekit PYTHON] [--axolotl PYTHON] [--unsloth PYTHON]
 
 The base is bfloat16 in the shape of Llama (hidden 2048, intermediate 5632) in shards of 500 MB, the adapter has rank 16
 on the seven projections of every layer. Every job is a whole process, start-up included, in turns with the others. The
 peers are peft (load, merge_and_unload, save_pretrained); the few lines of torch and safetensors that a person writes,
 one shard at a time; and, where an environment of theirs is named by its interpreter, mergekit (mergekit-yaml,
-passthrough) and axolotl (merge_lora_sharded_efficient, what its merge-lora command does on a CPU). Needs the `verify`
-extra and 5 times --gb of free disk.
+passthrough), axolotl (merge_lora_sharded_efficient, what its merge-lora command does on a CPU) and unsloth
+(merge_and_overwrite_lora, what save_pretrained_merged calls). Needs the `verify` extra and 5 times --gb of free disk.
 """
 
 from __future__ import annotations
@@ -67,6 +67,15 @@ import sys
 from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
 merge_lora_sharded_efficient(*sys.argv[1:])
 """
+UNSLOTH = """
+import sys, torch, unsloth
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from unsloth_zoo.saving_utils import merge_and_overwrite_lora
+base, adapter, out = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), adapter)
+merge_and_overwrite_lora(lambda name, load_in_4bit: name, model, save_directory=out, output_dtype=torch.bfloat16)
+"""
 
 
 def make(work: Path, gb: float) -> None:
@@ -117,6 +126,7 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="measure lorabridge and the copy only")
     parser.add_argument("--mergekit", metavar="PYTHON", help="an interpreter that has mergekit")
     parser.add_argument("--axolotl", metavar="PYTHON", help="an interpreter that has axolotl")
+    parser.add_argument("--unsloth", metavar="PYTHON", help="an interpreter that has unsloth")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
         work = Path(name)
@@ -134,8 +144,8 @@ def main() -> None:
         if not args.no_peers:
             jobs["torch and safetensors, by hand"] = [python, "-c", BY_HAND, *places]
             jobs["peft"] = [python, "-c", PEFT, *places]
-        for name, other, code in (("mergekit", args.mergekit, MERGEKIT), ("axolotl", args.axolotl, AXOLOTL)):
-            if other is not None:
+        for name, code in (("mergekit", MERGEKIT), ("axolotl", AXOLOTL), ("unsloth", UNSLOTH)):
+            if (other := getattr(args, name)) is not None:
                 jobs[name] = [other, "-c", code, *places]
         nbytes = sum(path.stat().st_size for path in (work / "base").glob("*.safetensors"))
         runs = interleaved({name: partial(list, job) for name, job in jobs.items()}, work / "out", args.times)
