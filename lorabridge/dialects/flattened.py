@@ -95,10 +95,18 @@ class _Entry:
     """One module template of one side of a table, flattened and as it is."""
 
     flat: Template
-    plain: Template
     slot: Slot
     side: SideName
-    conv: bool
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The weight's kernel, () for a linear layer."""
+        return tuple(axis.value({}) for axis in self.slot.rule.axes)
+
+    @property
+    def shared(self) -> bool:
+        """The rule has several parts: one naming holds in one module, or in another order, what the other has."""
+        return len(self.slot.rule.parts) > 1
 
     def fits(self, axes: Axes) -> bool:
         """Compare the axes of factors with those that the table knows without a config.
@@ -113,18 +121,12 @@ class _Entry:
             return False
         return known is None or all(k in (ANY, a) or a is None for k, a in zip(known, given[:2], strict=True))
 
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """The weight's kernel, () for a linear layer."""
-        return tuple(axis.value({}) for axis in self.slot.rule.axes[2:])
-
     def axes(self) -> tuple[int, int] | None:
         """Return the weight's output and input lengths; None where they depend on a config."""
         from ..families.models import slot_shape
 
-        slot = self.slot if self.conv else replace(self.slot, field="weight")
         try:
-            out, inner, *_ = slot_shape(slot, self.side, {})
+            out, inner, *_ = slot_shape(replace(self.slot, field="weight"), self.side, {})
         except SizeError:
             return None
         return out, inner
@@ -216,10 +218,20 @@ COMPONENTS = {
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """How the modules of an adapter are called in a file: path to flattened name, and the pipeline they belong to."""
+    """How the modules of an adapter are called in a file.
+
+    ``names``: path to flattened name. ``fused``: path to the table through which it has to go first, because the
+    original code holds it in one module with others. ``pipeline``: which one the modules belong to.
+    """
 
     names: Mapping[str, str]
+    fused: Mapping[str, str]
     pipeline: Pipeline | None
+
+    def prefix(self, table: str) -> str:
+        """Return how the names of a table's modules begin."""
+        assert self.pipeline is not None
+        return next(part.prefix for part in self.pipeline.parts if part.table == table)
 
 
 def spell(paths: Mapping[str, Axes], only: str | None) -> Spelling:
@@ -230,22 +242,30 @@ def spell(paths: Mapping[str, Axes], only: str | None) -> Spelling:
     """
     pipelines = (pipeline_named(only),) if only else PIPELINES
     spelled = {p.name: {path: _spelled(p, path, axes) for path, axes in paths.items()} for p in pipelines}
-    whole = {name: found for name, found in spelled.items() if None not in found.values()}
+    whole = {
+        name: {path: said for path, said in found.items() if said is not None}
+        for name, found in spelled.items()
+        if None not in found.values()
+    }
     if not whole and only:
-        lost = [path for path, name in spelled[only].items() if name is None]
+        lost = [path for path, said in spelled[only].items() if said is None]
         raise MappingError(
             f"{counted(len(lost), 'module')} is none of {only}", where=lost, hint="correct --names-of, or leave it out"
         )
     if len({tuple(found.items()) for found in whole.values()}) > 1:
         raise MappingError(
             f"the modules can belong to {' or '.join(whole)}, which sd-scripts spells differently",
-            where=[" or ".join(dict.fromkeys(str(found[path]) for found in whole.values())) for path in paths],
+            where=[
+                f"{path}: {' or '.join(dict.fromkeys(found[path][0] or found[path][1] for found in whole.values()))}"
+                for path in paths
+            ],
             hint="say which with --names-of",
         )
-    names = next(iter(whole.values()), None) or {path: _plain(path) for path in paths}
-    _refuse_twins({path: name for path, name in names.items() if name})
+    found = next(iter(whole.values()), None) or {path: (_plain(path), "") for path in paths}
+    names = {path: name for path, (name, table) in found.items() if not table}
+    _refuse_twins(names)
     owner = pipeline_named(next(iter(whole))) if whole else None
-    return Spelling({path: name for path, name in names.items() if name}, owner)
+    return Spelling(names, {path: table for path, (_, table) in found.items() if table}, owner)
 
 
 def _plain(path: str) -> str:
@@ -273,21 +293,19 @@ def _entries(table: str) -> tuple[_Entry, ...]:
     from ..families.rules import slots
     from ..families.tables import load_family
 
-    loaded, found = load_family(table), []
+    loaded = load_family(table)
     sides: tuple[SideName, SideName] = ("hf", "ms")
-    for side in sides:
-        for slot in slots(loaded, side):
-            conv = slot.field == "param" and len(slot.rule.axes) > 2 and slot.template.text.endswith(".weight")
-            if conv or (slot.field == "module" and slot.rule.kind == "linear"):
-                plain = Template.parse(slot.template.text.removesuffix(".weight")) if conv else slot.template
-                found.append(_Entry(Template.parse(flatten(plain.text)), plain, slot, side, conv))
-    return tuple(found)
+    return tuple(
+        _Entry(Template.parse(flatten(slot.template.text)), slot, side)
+        for side in sides
+        for slot in slots(loaded, side)
+        if slot.field == "module" and slot.rule.kind in ("linear", "conv")
+    )
 
 
 def _other(table: str, entry: _Entry, side: SideName) -> _Entry:
-    """Return the same module on another side; the fused one where that side has one for several."""
-    same = [e for e in _entries(table) if e.side == side and e.slot.rule is entry.slot.rule and e.conv == entry.conv]
-    return next((e for e in same if e.slot.face == entry.slot.face), same[0])
+    """Return the same module on another side, for a rule that has one on each."""
+    return next(e for e in _entries(table) if e.side == side and e.slot.rule is entry.slot.rule)
 
 
 def _places(pipeline: Pipeline, name: str, axes: Axes) -> Iterator[Place]:
@@ -298,21 +316,26 @@ def _places(pipeline: Pipeline, name: str, axes: Axes) -> Iterator[Place]:
             bindings = entry.flat.match(name.removeprefix(part.prefix))
             if bindings is None or not entry.fits(axes):
                 continue
-            fused = entry.slot.rule.fused(entry.side)
-            plain = entry.plain if fused else _other(part.table, entry, "hf").plain
-            yield Place(f"{part.component}.{plain.fill(bindings)}", entry.kernel, part.table if fused else "")
+            fused = entry.shared and entry.side == "ms"
+            plain = entry if fused else _other(part.table, entry, "hf")
+            path = (entry if entry.side == "hf" else plain).slot.template.fill(bindings)
+            yield Place(f"{part.component}.{path}", entry.kernel, part.table if fused else "")
 
 
-def _spelled(pipeline: Pipeline, path: str, axes: Axes) -> str | None:
+def _spelled(pipeline: Pipeline, path: str, axes: Axes) -> tuple[str, str] | None:
+    """Return (flattened name, "") or, where the original code holds several modules in one, ("", the table)."""
     component, _, rest = path.partition(".")
     for number, part in enumerate(pipeline.parts):
         if part.component != component:
             continue
         for entry in _entries(part.table):
-            bindings = entry.plain.match(rest) if entry.side == "hf" else None
+            bindings = entry.slot.template.match(rest) if entry.side == "hf" else None
             if bindings is not None and entry.fits(axes):
                 side = pipeline.written if number == 0 else "hf"
-                return part.prefix + _other(part.table, entry, side).flat.fill(bindings)
+                if side == "ms" and entry.shared:
+                    return "", part.table
+                written = entry if side == "hf" else _other(part.table, entry, side)
+                return part.prefix + written.flat.fill(bindings), ""
     return None
 
 

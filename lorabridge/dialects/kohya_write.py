@@ -23,13 +23,18 @@ def write(adapter: Adapter, facts: Facts) -> Written:
     float32, ``dora_scale`` ``[out, 1, ...]``. ``facts`` may state ``names_of`` for a pipeline's spelling. MappingError
     for everything sd-scripts has no place for, and for modules that two pipelines spell differently.
     """
-    modules = [_plain(module) for module in adapter.modules]
-    _refuse(modules, adapter)
+    _refuse(adapter)
     only = facts.get("*", "names_of")
     named = only if isinstance(only, str) and any(p.name == only for p in flattened.PIPELINES) else None
-    spelling = flattened.spell({m.path: _axes(m) for m in modules}, named)
-    tensors = [item for module in modules for item in _tensors(spelling.names[module.path], module)]
-    notes = list(factors_notes(adapter.modules, modules))
+    spelling = flattened.spell({m.path: _axes(m) for m in adapter.modules}, named)
+    named_modules = [(spelling.names[m.path], m) for m in adapter.modules if m.path in spelling.names]
+    for table in dict.fromkeys(spelling.fused.values()):
+        fused = through([m for m in adapter.modules if spelling.fused.get(m.path) == table], table, to="ms")
+        named_modules += [(spelling.prefix(table) + flattened.flatten(m.path), m) for m in fused]
+    named_modules = [(name, _plain(module)) for name, module in sorted(named_modules, key=lambda item: item[0])]
+    tensors = [item for name, module in named_modules for item in _tensors(name, module)]
+    modules = [module for _, module in named_modules]
+    notes = grown(adapter.modules, modules)
     if spelling.pipeline is None:
         notes.append("the modules are those of no pipeline that is known: their paths are flattened as they are")
     metadata = _metadata(modules, spelling.pipeline)
@@ -43,20 +48,28 @@ def split(modules: Sequence[LoraModule], fused: Mapping[str, str]) -> list[LoraM
     """
     out = [module for module in modules if module.path not in fused]
     for table in dict.fromkeys(fused.values()):
-        from ..families.tables import load_family, map_adapter
-
-        mine = [module for module in modules if fused.get(module.path) == table]
-        bare = tuple(replace(module, path=module.path.partition(".")[2]) for module in mine)
-        out += map_adapter(load_family(table), Adapter(bare), to="hf", sizes={}).modules
+        out += through([module for module in modules if fused.get(module.path) == table], table, to="hf")
     return out
 
 
-def factors_notes(before: Sequence[LoraModule], after: Sequence[LoraModule]) -> list[str]:
-    """Say whose rank grew because several terms became one pair."""
+def through(modules: Sequence[LoraModule], table: str, *, to: flattened.SideName) -> tuple[LoraModule, ...]:
+    """Rename modules of one component by its table; those of diffusers' side have the component before them."""
+    from ..families.tables import load_family, map_adapter
+
+    loaded = load_family(table)
+    component = modules[0].path.partition(".")[0]
+    bare = tuple(replace(module, path=module.path.removeprefix(f"{component}.")) for module in modules)
+    made = map_adapter(loaded, Adapter(bare), to=to, sizes={}, layout={"hf_prefix": ""}).modules
+    return made if to == "ms" else tuple(replace(m, path=f"{component}.{m.path}") for m in made)
+
+
+def grown(before: Sequence[LoraModule], after: Sequence[LoraModule]) -> list[str]:
+    """Say which modules became one pair of a rank that no module had: several under one name, or several blocks."""
+    ranks = {module.path: module.scaling.rank for module in before}
     return [
-        f"{new.path}: {len(old.terms)} blocks became one pair of rank {new.terms[0].rank}, exactly"
-        for old, new in zip(before, after, strict=True)
-        if len(old.terms) > 1
+        f"{module.path}: one pair of rank {module.terms[0].rank} for several blocks, exactly"
+        for module in after
+        if ranks.get(module.path, max(ranks.values())) != module.terms[0].rank
     ]
 
 
@@ -97,9 +110,9 @@ def _metadata(modules: Sequence[LoraModule], pipeline: flattened.Pipeline | None
     return metadata
 
 
-def _refuse(modules: Sequence[LoraModule], adapter: Adapter) -> None:
+def _refuse(adapter: Adapter) -> None:
     problems = Problems("properties of the adapter have no place in sd-scripts' files")
-    for module in modules:
+    for module in adapter.modules:
         if module.kind == "embedding":
             problems.add("sd-scripts has no LoRA for embeddings", module.path, MERGE)
         if module.weight != "weight":
