@@ -15,6 +15,7 @@ from ..axes import Expr, read
 from ..conversion import execute, plan
 from ..conversion.repository import Input, files_of, open_input
 from ..distributed.assembled import Assembled
+from ..distributed.dcpsink import DcpSink, chunks
 from ..distributed.layout import Layout, slice_of
 from ..distributed.parallel import Sizes, strategies
 from ..distributed.ranksink import RanksSink
@@ -23,7 +24,7 @@ from ..errors import MappingError, OutputError, UsageError, counted
 from ..files.fsio import Staging, require_space
 from ..formats.shardsink import split
 from ..formats.untrusted import shown
-from ..tensors import TensorSpec
+from ..tensors import Sink, TensorSpec
 from .convert_report import ConvertReport
 from .whole import WholeOptions, write_whole
 
@@ -36,7 +37,8 @@ class ReshardOptions:
     """What a checkpoint is cut into; see ``lorabridge reshard --help``.
 
     ``strategies``, ``step``: about the source. ``to``: strategy files of the target; without them ``sizes`` and
-    ``cuts`` make one. ``format``: container of the ranks' files, the source's where None.
+    ``cuts`` make one. ``format``: container of the ranks' files, the source's where None. ``dcp``: write PyTorch's
+    distributed checkpoint for so many ranks instead.
     """
 
     strategies: tuple[Path, ...] = ()
@@ -45,6 +47,7 @@ class ReshardOptions:
     sizes: Sizes | None = None
     cuts: tuple[tuple[str, int | None], ...] = ()
     format: Literal["mindspore", "safetensors"] | None = None
+    dcp: int | None = None
     check_replicas: bool = True
     workers: int = 0
     dry_run: bool = False
@@ -84,25 +87,30 @@ def reshard(
     """Cut ``source``, whole or distributed, into rank directories ``target/rank_<r>`` and return what was done.
 
     ``target/strategy`` gets the strategy of every stage. A tensor that the strategy does not list must have one element
-    and goes to every rank. All or nothing. Raises MappingError for tensors that do not fit the strategy, and whatever
-    opening and writing raise.
+    and goes to every rank. With ``options.dcp`` the target is a DCP directory, every tensor cut by rows. All or
+    nothing. Raises MappingError for tensors that do not fit the strategy, and whatever opening and writing raise.
     """
     started = time.perf_counter()
     given = open_input(Path(source), strategies=options.strategies, step=options.step)
     try:
-        stages = _stages(given, options)
-        outputs, whole = _cut(given.source.specs, stages)
+        stages: Stages = {}
+        whole: tuple[str, ...] = ()
+        if options.dcp is not None:
+            outputs = chunks(given.source.specs, _dcp_ranks(options))
+        else:
+            stages = _stages(given, options)
+            outputs, whole = _cut(given.source.specs, stages)
         planned = plan.build(given.source.specs, outputs, seed="reshard")
         if not options.dry_run:
             _write(given, Path(target), planned, stages, options, progress)
-        devices = next(layout.devices for layouts in stages.values() for layout in layouts.values())
+        devices = next((layout.devices for layouts in stages.values() for layout in layouts.values()), options.dcp or 0)
         notes = given.source.arrangement.notes if isinstance(given.source, Assembled) else ()
         return ReshardReport(
             source=str(source),
             target=str(target),
-            format=_format(given, options),
-            ranks=devices * len(stages),
-            stages=len(stages),
+            format="torch DCP" if options.dcp else _format(given, options),
+            ranks=devices * max(1, len(stages)),
+            stages=max(1, len(stages)),
             tensors=len(given.source.specs),
             replicated=whole,
             nbytes=planned.nbytes,
@@ -112,6 +120,14 @@ def reshard(
         )
     finally:
         given.source.close()
+
+
+def _dcp_ranks(options: ReshardOptions) -> int:
+    if options.to or options.sizes is not None or options.cuts or options.format is not None or (options.dcp or 0) < 1:
+        raise UsageError(
+            "a DCP checkpoint is cut by rows, and by nothing else", hint="give the number of its ranks alone: --dcp N"
+        )
+    return options.dcp or 1
 
 
 def _format(given: Input, options: ReshardOptions) -> str:
@@ -188,13 +204,15 @@ def _write(
     if given.path.resolve() in (target.resolve(), *target.resolve().parents):
         raise OutputError("the output lies on or inside the input", where=str(target), hint="write elsewhere")
     require_space(target.parent, planned.nbytes + (planned.nbytes >> 6))
-    format = _format(given, options)
+    format = "dcp" if options.dcp else _format(given, options)
     suffix = ".ckpt" if format == "mindspore" else ".safetensors"
     known: Mapping[str, object] = {"flavour": "ms"} if format == "safetensors" else {}
     with Staging(
         target, digest=_identity(given, planned, format), overwrite=options.overwrite, directory=True
     ) as staging:
-        sink = RanksSink(formats.container(format), staging.create, f"checkpoint{suffix}", options=known)
+        sink: Sink = DcpSink(staging.create)
+        if options.dcp is None:
+            sink = RanksSink(formats.container(format), staging.create, f"checkpoint{suffix}", options=known)
         execute.run(
             planned, given.source, sink, kernels=lambda name: {}, metadata={"format": "ms"},
             workers=options.workers or min(8, len(os.sched_getaffinity(0))), progress=progress,

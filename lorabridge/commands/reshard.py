@@ -30,6 +30,7 @@ class Given(TypedDict):
     opt_shard: int | None
     replicas: int | None
     cuts: tuple[str, ...]
+    dcp: int | None
     shards: int | None
     max_shard_size: int | None
     format: str | None
@@ -52,7 +53,7 @@ class Given(TypedDict):
         groups={
             "From": ("source_strategies", "step", "check_replicas"),
             "To MindSpore's ranks": ("strategies", "tp", "pp", "opt_shard", "replicas", "cuts", "format"),
-            "To one sharded checkpoint": ("shards", "max_shard_size"),
+            "To something else": ("dcp", "shards", "max_shard_size"),
             "Writing": ("workers", "dry_run", "overwrite"),
             "Output": ("json", "quiet", "verbose", "no_progress"),
         },
@@ -81,8 +82,14 @@ class Given(TypedDict):
 @click.option("--cut", "cuts", metavar="REGEX=AXIS", multiple=True,
               help="Which axis tensor parallelism cuts, or `whole`, where no rule knows a name.")  # fmt: skip
 @click.option("--format", type=click.Choice(["ckpt", "safetensors"]), help="Container of the ranks' files.")
-@click.option("--shards", metavar="N", type=click.IntRange(min=1), help="Number of files.")
-@click.option("--max-shard-size", metavar="SIZE", type=Size(), help="Most bytes of a file: 5GB, 500MiB ...")
+@click.option("--dcp", metavar="N", type=click.IntRange(min=1, max=100_000),
+              help="Write PyTorch's distributed checkpoint, cut by rows for N ranks.")  # fmt: skip
+@click.option(
+    "--shards", metavar="N", type=click.IntRange(min=1), help="Write one checkpoint in N files with an index."
+)
+@click.option(
+    "--max-shard-size", metavar="SIZE", type=Size(), help="The same, with a most of bytes per file: 5GB, 500MiB ..."
+)
 @click.option("--workers", metavar="N", type=click.IntRange(min=0, max=256), default=0, envvar="LORABRIDGE_WORKERS",
               help="Threads; by default one per CPU, at most 8. The output does not depend on it.")  # fmt: skip
 @click.option("-n", "--dry-run", is_flag=True, help="Plan and report; write nothing.")
@@ -93,13 +100,21 @@ def reshard(source: Path, target: str, **given: Unpack[Given]) -> None:
     """Cut a checkpoint, whole or distributed, for other ranks.
 
     MindSpore's load_checkpoint and load_distributed_checkpoint read the ranks with the strategy that is written beside
-    them; one sharded checkpoint has an index as Hugging Face writes it.
+    them, torch.distributed.checkpoint what --dcp writes; one sharded checkpoint has an index as Hugging Face writes it.
     """
     out = Output("reshard", given["json"], given["quiet"], given["verbose"])
     one = given["shards"] is not None or given["max_shard_size"] is not None
-    several = [given["strategies"], given["tp"], given["pp"], given["opt_shard"], given["replicas"], given["cuts"]]
+    several = [
+        given["dcp"],
+        given["strategies"],
+        given["tp"],
+        given["pp"],
+        given["opt_shard"],
+        given["replicas"],
+        given["cuts"],
+    ]
     if one and (any(several) or (given["shards"] is not None and given["max_shard_size"] is not None)):
-        raise click.UsageError("choose ranks, --shards or --max-shard-size")
+        raise click.UsageError("choose one: ranks, --dcp, --shards or --max-shard-size")
     options = _options(given)
     with Progress("resharding", enabled=not (given["no_progress"] or given["quiet"])) as progress:
         if one:
@@ -137,6 +152,7 @@ def _options(given: Given) -> ReshardOptions:
     return ReshardOptions(
         strategies=given["source_strategies"], step=given["step"], to=given["strategies"], sizes=sizes,
         cuts=tuple(_cut(text) for text in given["cuts"]),
+        dcp=given["dcp"],
         format="mindspore" if given["format"] == "ckpt" else "safetensors" if given["format"] else None,
         check_replicas=given["check_replicas"], workers=given["workers"], dry_run=given["dry_run"],
         overwrite=given["overwrite"],

@@ -39,8 +39,14 @@ def make_sink(create: Callable[[str], OutFile], filename: str) -> Sink:
     return _TorchSink(create, filename)
 
 
+def make_tensor_sink(create: Callable[[str], OutFile]) -> Sink:
+    """Return a sink that writes what ``torch.save`` makes of one tensor that stands by itself."""
+    return _TorchSink(create, "archive", bare=True)
+
+
 class _TorchSink:
-    def __init__(self, create: Callable[[str], OutFile], filename: str) -> None:
+    def __init__(self, create: Callable[[str], OutFile], filename: str, *, bare: bool = False) -> None:
+        self._bare = bare
         self._create = create
         self._filename = filename
         self._lock = threading.Lock()
@@ -57,7 +63,7 @@ class _TorchSink:
         """
         _check(specs)
         before = {
-            "data.pkl": dump(specs),
+            "data.pkl": dump(specs, bare=self._bare),
             ".format_version": b"1",
             ".storage_alignment": b"64",
             "byteorder": b"little",
@@ -142,23 +148,24 @@ def _check(specs: Sequence[TensorSpec]) -> None:
     seen: set[str] = set()
     bad = []
     for spec in specs:
-        if spec.name in seen or not spec.name or not _is_text(spec.name):
+        if spec.name in seen or not spec.name or not _ispickled_text(spec.name):
             bad.append(shown(spec.name))
         seen.add(spec.name)
     if bad:
         raise MappingError("tensor names are empty, repeated, too long or no text", where=bad, hint="rename them")
 
 
-def _is_text(name: str) -> bool:
+def _ispickled_text(name: str) -> bool:
     try:
         return len(name.encode()) <= MAX_NAME
     except UnicodeEncodeError:
         return False
 
 
-def dump(specs: Sequence[TensorSpec]) -> bytes:
+def dump(specs: Sequence[TensorSpec], *, bare: bool = False) -> bytes:
     """Pickle, with protocol 2, a dict of contiguous tensors on the CPU over the records data/0, data/1, ...
 
+    ``bare``: the one tensor by itself, without a dict around it.
     The calls are those that torch 2.13 writes: ``_rebuild_tensor_v2`` for element types that have a storage class of
     their own, ``_rebuild_tensor_v3`` over an untyped storage for the others (``torch/_tensor.py``).
     """
@@ -171,26 +178,26 @@ def dump(specs: Sequence[TensorSpec]) -> bytes:
         memo[code] = b"h" + bytes([index])  # fewer than 256 distinct names exist
         return code + b"q" + bytes([index])
 
-    parts = [b"\x80\x02}("]
+    parts = [b"\x80\x02" if bare else b"\x80\x02}("]
     for i, spec in enumerate(specs):
         storage = STORAGE_OF.get(str(spec.dtype.torch))
         numel = spec.size if storage else spec.nbytes
         parts += [
-            _text(spec.name),
-            once(_name(f"torch._utils._rebuild_tensor_v{2 if storage else 3}")),
+            b"" if bare else pickled_text(spec.name),
+            once(pickled_name(f"torch._utils._rebuild_tensor_v{2 if storage else 3}")),
             b"((",
-            once(_text("storage")),
-            once(_name(storage or "torch.storage.UntypedStorage")),
-            _text(str(i)),
-            once(_text("cpu")),
-            _integer(numel) + b"tQ" + _integer(0),
-            _integers(spec.shape),
-            _integers(_strides(spec.shape)) + b"\x89",
-            once(_name("collections.OrderedDict")) + b")R",
-            b"" if storage else once(_name(f"torch.{spec.dtype.torch}")),
+            once(pickled_text("storage")),
+            once(pickled_name(storage or "torch.storage.UntypedStorage")),
+            pickled_text(str(i)),
+            once(pickled_text("cpu")),
+            pickled_integer(numel) + b"tQ" + pickled_integer(0),
+            pickled_integers(spec.shape),
+            pickled_integers(_strides(spec.shape)) + b"\x89",
+            once(pickled_name("collections.OrderedDict")) + b")R",
+            b"" if storage else once(pickled_name(f"torch.{spec.dtype.torch}")),
             b"tR",
         ]
-    return b"".join([*parts, b"u."])
+    return b"".join([*parts, b"." if bare else b"u."])
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -202,17 +209,20 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _text(text: str) -> bytes:
+def pickled_text(text: str) -> bytes:
+    """Return the opcodes that push a string."""
     raw = text.encode()
     return b"X" + struct.pack("<I", len(raw)) + raw
 
 
-def _name(path: str) -> bytes:
+def pickled_name(path: str) -> bytes:
+    """Return the opcode that names a class or a function."""
     module, _, name = path.rpartition(".")
     return f"c{module}\n{name}\n".encode()
 
 
-def _integer(value: int) -> bytes:
+def pickled_integer(value: int) -> bytes:
+    """Return the opcode that pushes an integer that is not negative."""
     if value < 256:
         return b"K" + bytes([value])
     if value < 65536:
@@ -223,8 +233,9 @@ def _integer(value: int) -> bytes:
     return b"\x8a" + bytes([len(raw)]) + raw
 
 
-def _integers(values: tuple[int, ...]) -> bytes:
-    inner = b"".join(map(_integer, values))
+def pickled_integers(values: tuple[int, ...]) -> bytes:
+    """Return the opcodes that push a tuple of integers."""
+    inner = b"".join(map(pickled_integer, values))
     if len(values) > 3:
         return b"(" + inner + b"t"
     return inner + (b")", b"\x85", b"\x86", b"\x87")[len(values)]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from lorabridge.actions.choices import ConvertOptions
 from lorabridge.actions.reassemble import reassemble
+from lorabridge.actions.reshard import ReshardOptions, reshard
 from lorabridge.distributed import open_distributed
 from lorabridge.distributed.grid import assemble_boxes
 from lorabridge.dtypes import BY_NAME
@@ -35,7 +36,8 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype
         assert ours[name].shape == value.shape
-        assert torch.equal(ours[name].view(torch.uint8), value.contiguous().view(torch.uint8)), name
+        bits = [one.contiguous().reshape(-1).view(torch.uint8) for one in (ours[name], value)]
+        assert torch.equal(*bits), name
 
 
 def test_chunks_of_four_fsdp2_processes_make_the_adapter(tmp_path: Path) -> None:
@@ -170,3 +172,38 @@ def test_a_zero_rank_that_is_missing_is_named(stage: int, tmp_path: Path) -> Non
     (run / "global_step1" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(InputError, match="states of ranks are missing or too many: 1"):
         open_distributed(run)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_torch_loads_the_chunks_that_are_written(ranks: int, tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    torch.manual_seed(ranks)
+    state = {
+        "layers.0.weight": torch.randn(7, 5, dtype=torch.bfloat16),
+        "layers.0.bias": torch.randn(7),
+        "scale": torch.tensor(2.5, dtype=torch.float64),
+        "index": torch.arange(12).reshape(2, 3, 2),
+        "wide": torch.randn(1, 300, dtype=torch.float16),
+        "float8": torch.randn(4, 4).to(torch.float8_e4m3fn),
+    }
+    torch.save(state, tmp_path / "whole.pt")
+    done = reshard(tmp_path / "whole.pt", tmp_path / "run", ReshardOptions(dcp=ranks))
+    assert (done.ranks, done.format) == (ranks, "torch DCP")
+    target = {name: torch.zeros_like(value) for name, value in state.items()}
+    dcp.load(target, checkpoint_id=tmp_path / "run", no_dist=True)
+    same(target, state)
+    dcp_to_torch_save(tmp_path / "run", tmp_path / "again.pt")
+    same(torch.load(tmp_path / "again.pt"), state)
+    same(whole(tmp_path / "run", tmp_path), state)
+
+
+def test_four_fsdp2_processes_chunks_are_cut_for_three(tmp_path: Path) -> None:
+    reshard(FSDP, tmp_path / "three", ReshardOptions(dcp=3))
+    once = sorted((p.name, p.read_bytes()) for p in (tmp_path / "three").iterdir())
+    reshard(tmp_path / "three", tmp_path / "two", ReshardOptions(dcp=2))
+    reshard(tmp_path / "two", tmp_path / "again", ReshardOptions(dcp=3))
+    assert once == sorted((p.name, p.read_bytes()) for p in (tmp_path / "again").iterdir())
+    target = {name: torch.zeros_like(value) for name, value in torch.load(FSDP / "full.pt").items()}
+    dcp.load(target, checkpoint_id=tmp_path / "again", no_dist=True)
+    same(target, torch.load(FSDP / "full.pt"))
