@@ -22,7 +22,7 @@ from ..merging.unmerge_planning import nodes_of
 from . import merge_inputs
 from .base_check import check_bases, check_not_held, marked
 from .companions import carried_files
-from .merge_inputs import MergeOptions, Opened
+from .merge_inputs import MergeOptions, Opened, paths_of
 from .merge_report import MergedRow, MergeReport, overall
 from .model_output import ModelOutput, Progress, check_finite, goal_of, place_of, renamed, write
 
@@ -43,19 +43,26 @@ Watch = Callable[[MergeJob], tuple[Seen, Callable[[], None]]]
 
 
 def merge(
-    base: Path | str, adapters: Sequence[Path | str], target: Path | str, options: MergeOptions | None = None, *,
-    progress: Progress | None = None, watch: Watch | None = None,
+    base: Path | str, adapters: Path | str | Sequence[Path | str], target: Path | str,
+    options: MergeOptions | None = None, *, undo: Path | str | None = None, progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> MergeReport:  # fmt: skip
     """Merge adapters into ``base``, write the model to ``target`` and return what was done.
 
-    ``watch`` is called with the plan; it returns what is called with every block of every merged weight, before and
-    after (see ``merger.Seen``), and what is called before the model is published. All or nothing: on any error nothing
-    appears at the target. Raises InputError (malformed input), MappingError (a module that does not land, results that
-    are not finite, a merged base), OutputError, StorageError, UsageError.
+    ``undo``: a file for what rounding loses, so that ``unmerge`` gives the base's bits back. ``watch`` is called with
+    the plan; it returns what is called with every block of every merged weight, before and after (see ``kernel.Seen``),
+    and what is called before the model is published. All or nothing: on any error nothing appears at the target.
+    Raises InputError (malformed input), MappingError (a module that does not land, results that are not finite, a
+    merged base, another base than an adapter records), OutputError, StorageError, UsageError.
     """
     started = time.perf_counter()
     options = options or MergeOptions()
-    with merge_inputs.opened(Path(base), [Path(adapter) for adapter in adapters], options) as given:
+    writer = None
+    if undo is not None:
+        from .undo import UndoWriter
+
+        watch = writer = UndoWriter(undo, options)
+    with merge_inputs.opened(Path(base), paths_of(adapters), options) as given:
         job = plan_merge(given, target, options)
         seen, before_commit = (None, None) if watch is None or options.dry_run else watch(job)
         merger, notes = Merger(seen), numerics.Notes()
@@ -94,6 +101,7 @@ def merge(
             notes=job.model.notes,
             digest=job.model.plan.digest,
             dry_run=options.dry_run,
+            undo=None if writer is None else writer.summary,
         )
 
 

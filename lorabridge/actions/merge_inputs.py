@@ -60,6 +60,11 @@ class Opened:
     labels: tuple[str, ...]
 
 
+def paths_of(adapters: Path | str | Sequence[Path | str]) -> list[Path]:
+    """Return the adapters as paths; one may be given as it is."""
+    return [Path(adapters)] if isinstance(adapters, Path | str) else [Path(adapter) for adapter in adapters]
+
+
 @contextmanager
 def opened(base: Path, adapters: Sequence[Path], options: MergeOptions) -> Iterator[Opened]:
     """Open every input and close it at the end; checks what can be known before a dialect is parsed."""

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from ..arithmetic.addition import Change
+
+if TYPE_CHECKING:
+    from .undo import UndoSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ class MergeReport:
     ``merged``: base parameters that got a delta; ``replaced``: those that an adapter brought whole. ``rows``: what
     happened to each; empty for a dry run. ``vanished`` and ``error``: over all of them. ``nbytes``: bytes of the
     output tensors. ``carried`` and ``not_carried``: files beside the base that were copied, and that stay behind.
+    ``undo``: what the undo file holds, where one was asked for.
     """
 
     base: str
@@ -65,6 +70,7 @@ class MergeReport:
     notes: tuple[str, ...]
     digest: str
     dry_run: bool
+    undo: UndoSummary | None = None
 
     def as_json(self) -> dict[str, object]:
         """Return the JSON document of ``lorabridge merge --json``."""

@@ -80,9 +80,9 @@ class SwitchReport:
 
 
 def switch(
-    merged: Path | str, old: Sequence[Path | str], new: Sequence[Path | str], target: Path | str,
-    options: MergeOptions | None = None, *, undo: Path | str | None = None, undo_out: Path | str | None = None,
-    progress: Progress | None = None,
+    merged: Path | str, old: Path | str | Sequence[Path | str], new: Path | str | Sequence[Path | str],
+    target: Path | str, options: MergeOptions | None = None, *, undo: Path | str | None = None,
+    undo_out: Path | str | None = None, progress: Progress | None = None,
 ) -> SwitchReport:  # fmt: skip
     """Replace the adapters ``old`` in ``merged`` by ``new``, write the model to ``target`` and return what was done.
 
@@ -91,10 +91,11 @@ def switch(
     of :func:`lorabridge.actions.unmerge.unmerge` and of :func:`lorabridge.actions.merge.merge`.
     """
     started = time.perf_counter()
+    old, new = merge_inputs.paths_of(old), merge_inputs.paths_of(new)
     options = options or MergeOptions()
     kept = restoring.open_undo(None if undo is None else Path(undo))
     told = restoring.recorded(replace(options, weights=()), kept, len(old))
-    paths = [Path(path) for path in (*old, *new)]
+    paths = [*old, *new]
     with merge_inputs.opened(Path(merged), paths, replace(told, weights=())) as given:
         way = restoring.way_back(_part(given, 0, len(old)), told, kept)
         there = _part(replace(way.given, adapters=given.adapters, labels=given.labels), len(old), len(paths))

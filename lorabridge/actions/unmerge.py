@@ -73,8 +73,8 @@ class UnmergeReport:
 
 
 def unmerge(
-    merged: Path | str, adapters: Sequence[Path | str], target: Path | str, options: MergeOptions | None = None, *,
-    undo: Path | str | None = None, progress: Progress | None = None,
+    merged: Path | str, adapters: Path | str | Sequence[Path | str], target: Path | str,
+    options: MergeOptions | None = None, *, undo: Path | str | None = None, progress: Progress | None = None,
 ) -> UnmergeReport:  # fmt: skip
     """Take ``adapters`` out of ``merged``, write the base to ``target`` and return what was done.
 
@@ -83,10 +83,10 @@ def unmerge(
     InputError (malformed input, a damaged undo file), MappingError (files that do not belong together, parameters that
     cannot be computed back), DifferentError (the digests differ), OutputError, StorageError, UsageError.
     """
-    started = time.perf_counter()
+    started, paths = time.perf_counter(), merge_inputs.paths_of(adapters)
     kept = restoring.open_undo(None if undo is None else Path(undo))
-    options = restoring.recorded(options or MergeOptions(), kept, len(adapters))
-    with merge_inputs.opened(Path(merged), [Path(adapter) for adapter in adapters], options) as given:
+    options = restoring.recorded(options or MergeOptions(), kept, len(paths))
+    with merge_inputs.opened(Path(merged), paths, options) as given:
         way = restoring.way_back(given, options, kept)
         said = {} if kept is not None else {UNMERGED_KEY: "the best inverse of a merge, not the base itself"}
         said |= way.left

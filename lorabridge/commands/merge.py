@@ -114,18 +114,13 @@ def merge(base: Path, adapters: tuple[Path, ...], target: str, **given: Unpack[G
         known_family(given["family"], given["mappings"], hint="--family")
     options = _options(given)
     from ..actions.merge import merge as run
-    from ..actions.undo import UndoWriter
 
-    undo = None if given["undo"] is None else UndoWriter(given["undo"], options)
     with Progress("merging", enabled=not (given["no_progress"] or given["quiet"])) as progress:
-        done = run(base, adapters, target, options, progress=progress, watch=undo)
-    kept = None if undo is None else undo.summary
+        done = run(base, adapters, target, options, undo=given["undo"], progress=progress)
     if out.json:
-        out.document({**done.as_json(), "undo": None if kept is None else kept.as_json()})
+        out.document(done.as_json())
         return
     _show(out, done)
-    if kept is not None:
-        out.summary(plain.escape(kept.sentence()))
 
 
 def _options(given: Given) -> MergeOptions:
@@ -154,6 +149,8 @@ def read_weights(given: str | None) -> tuple[float, ...]:
 def _show(out: Output, done: MergeReport) -> None:
     line = f"{plain.escape(done.summary())} ({plain.size(done.nbytes)})"
     out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
+    if done.undo is not None:
+        out.summary(plain.escape(done.undo.sentence()))
     if done.rows:
         out.result(f"{done.vanished:.1%} of the deltas vanished in rounding; largest error {done.error:.1e}")
     if out.verbose:
