@@ -13,6 +13,7 @@ from ..formats import container
 from ..formats.sharded import Shards
 from ..formats.untrusted import shown
 from ..tensors import Extent, Source, TensorSpec
+from .grid import Box
 from .layout import Layout
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class Placed:
 
     ``expr``: the tensor over the physical pieces. ``slices``: index of the slice (an entry per axis) to the copies that
     are there, the one that is read first. ``layout``: None where no layout is known and every rank holds the whole.
+    ``boxes``: of the same indices, where a slice begins in the tensor and its shape; where they have one axis and the
+    tensor has more, they count its elements in row-major order. Empty where slices are no boxes. ``mesh``: for show,
+    how devices cut a tensor that has no layout of equal slices.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Placed:
     slices: Mapping[tuple[int, ...], tuple[Copy, ...]]
     layout: Layout | None = None
     stage: int = 0
+    boxes: Mapping[tuple[int, ...], Box] = field(default_factory=dict)
+    mesh: Layout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +107,22 @@ class Assembled:
                 for other in copies[1:]:
                     yield name, copies[0], other
 
-    def check_replicas(self, progress: Callable[[int], None] = lambda done: None) -> None:
+    def apart(self, progress: Callable[[int], None] = lambda done: None) -> dict[tuple[str, int], list[int]]:
         """Compare every copy of a slice with the one that is read, bit for bit.
 
-        InputError lists the tensors whose copies differ, with the ranks; ``progress`` is told the bytes compared.
+        Returns, for the tensor and the rank that is read, the ranks whose copies differ; ``progress`` is told the bytes
+        compared.
         """
         apart: dict[tuple[str, int], list[int]] = {}
         for name, first, other in self.replicas():
             if not same_bits(self.pieces, first.piece, other.piece):
                 apart.setdefault((name, first.rank), []).append(other.rank)
             progress(self.pieces.specs[other.piece].nbytes)
+        return apart
+
+    def check_replicas(self, progress: Callable[[int], None] = lambda done: None) -> None:
+        """Refuse copies of a slice that differ: an InputError lists them; ``progress`` as for :meth:`apart`."""
+        apart = self.apart(progress)
         if apart:
             raise InputError(
                 f"{len({name for name, _ in apart})} tensors differ between ranks that should hold copies",

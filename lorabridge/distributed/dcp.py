@@ -5,11 +5,13 @@ dataclasses, which is read by the same interpreter as every torch file here: nam
 never resolved. A tensor is a set of chunks, offset and shape each; a chunk is a ``torch.save`` archive of its own at an
 offset of a ``.distcp`` file, and it may be empty. FSDP1, FSDP2 and HSDP write this, and Megatron's ``torch_dist``.
 
-Megatron stacks the layers of a stack along a leading axis; their names stay as they are here.
+Megatron (core 0.16.1, ``torch_dist``, told by its ``metadata.json``) stacks the layers of a stack along a leading axis,
+``decoder.layers.mlp.linear_fc1.weight``: they are given out one by one, as ``decoder.layers.3.mlp.linear_fc1.weight``.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -17,16 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..axes import Expr, read
+from ..axes import cut, read, reshape
 from ..dtypes import BY_TORCH, DType
 from ..errors import InputError
 from ..formats.torchpickle import MAX_PICKLE, Unpickler
 from ..formats.torchvalues import Global, Object, PickleError, Table, Tensor, is_count, kind
 from ..formats.torchzip import TorchSource, open_tree
-from ..formats.untrusted import MAX_TENSORS, open_regular, pread_into, shown, size_of
+from ..formats.untrusted import MAX_TENSORS, open_regular, parse_json, pread_into, shown, size_of
 from ..tensors import Extent, TensorSpec
 from .assembled import Arrangement, Assembled, Copy, Placed
 from .grid import Box, assemble_boxes
+from .placing import Broken, Findings, Held, grouped, settle
 
 if TYPE_CHECKING:
     from ..tensors import Bits
@@ -38,8 +41,13 @@ _OBJECTS = frozenset(
         "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
         "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
     )} | {f"{_PACKAGE}filesystem._StorageInfo", "torch.Size"}
+    # Megatron keeps the plans of every rank in the metadata
+    | {f"{_PACKAGE}planner.{name}" for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")}
+    | {f"megatron.core.dist_checkpointing.strategies.torch.{name}" for name in ("MCoreMetadata", "MCoreSavePlan")}
 )  # fmt: skip
 _HINT = "take the whole directory that torch.distributed.checkpoint wrote"
+_STACK = re.compile(r"((?:.*\.)?layers\.)(?!\d)(.+)")
+TRAINING = re.compile(r"(?:chained_\d+\.)?(?:optimizer|opt_param_scheduler|rng_state|rerun_state_machine_state)\b")
 OPEN = 64
 """Archives of chunks that are kept open."""
 
@@ -58,7 +66,7 @@ class _Stored:
     length: int
 
 
-def open_dcp(path: Path) -> Assembled:
+def open_dcp(path: Path, *, findings: Findings | None = None) -> Assembled:
     """Open a distributed checkpoint of PyTorch as one, reading ``.metadata`` only.
 
     Where the state holds a model beside an optimizer, as ``{"model": ..., "optim": ...}``, the model's tensors are
@@ -72,50 +80,91 @@ def open_dcp(path: Path) -> Assembled:
         raise InputError(f"the metadata is not accepted: {error}", where=where, hint=_HINT) from None
     absent = sorted({s.file for s in stored.values() if not (path / s.file).is_file()})
     if absent:
-        raise InputError(
-            "files of the checkpoint are missing", where=[shown(str(path / f)) for f in absent], hint=_HINT
-        )
+        gone = [shown(str(path / f)) for f in absent]
+        settle(InputError("files of the checkpoint are missing", where=gone, hint=_HINT), findings)
+        stored = {key: place for key, place in stored.items() if place.file not in absent}
     names, skipped = _model(tensors, paths)
-    skipped += [(name, "not a tensor") for name in others]
+    stacked = is_stacked(path)
+    skipped += [(name, "extra state" if "_extra_state" in name else "not a tensor") for name in others]
     specs: dict[str, TensorSpec] = {}
     homes: dict[str, _Stored] = {}
-    placed, problems = {}, []
+    placed: dict[str, Placed] = {}
+    problems: list[str] = []
     for fqn, name in names.items():
+        if stacked and TRAINING.match(fqn):
+            skipped.append((fqn, "training state"))
+            continue
         dtype, shape, boxes = tensors[fqn]
+        held = _held(fqn, dtype, boxes, stored, specs, homes)
         try:
-            expr, slices = _put_together(fqn, dtype, shape, boxes, stored, specs, homes)
-            placed[name] = Placed(name, expr, slices)
+            if len(held) < sum(0 not in size for _, size in boxes):
+                lost = next(o for o, n in boxes if 0 not in n and o not in {offset for (offset, _), _ in held})
+                raise ValueError(f"the chunk at {list(lost)} is in no file")
+            expr = assemble_boxes({box: read(specs[copy.piece]) for box, copy in held}, shape, dtype)
+            copies = {box[0]: (copy,) for box, copy in held}
+            whole = Placed(name, expr, copies, boxes={box[0]: box for box, _ in held})
+            placed |= {one.name: one for one in (unstacked(whole) if stacked else [whole])}
         except ValueError as error:
             problems.append(f"{shown(fqn)}: {error}")
+            if findings is not None:
+                missing = {box: () for box in boxes if 0 not in box[1] and box[0] not in {b[0] for b, _ in held}}
+                findings.broken[name] = Broken(name, dtype, shape, grouped(held), str(error), missing)
     if problems:
-        raise InputError("the chunks do not make up the tensors", where=problems, hint=_HINT)
+        settle(InputError("the chunks do not make up the tensors", where=problems, hint=_HINT), findings)
     ranks = 1 + max((_rank(s.file) for s in stored.values()), default=0)
-    return Assembled(path, _Chunks(path, specs, homes), Arrangement("torch DCP", ranks, placed, skipped=tuple(skipped)))
+    kind_ = "megatron torch_dist" if stacked else "torch DCP"
+    return Assembled(path, _Chunks(path, specs, homes), Arrangement(kind_, ranks, placed, skipped=tuple(skipped)))
 
 
 _Tensors = dict[str, tuple[DType, tuple[int, ...], list[Box]]]
 _Places = dict[tuple[str, tuple[int, ...]], _Stored]
 
 
-def _put_together(
-    fqn: str, dtype: DType, shape: tuple[int, ...], boxes: list[Box], stored: _Places,
-    specs: dict[str, TensorSpec], homes: dict[str, _Stored],
-) -> tuple[Expr, dict[tuple[int, ...], tuple[Copy, ...]]]:  # fmt: skip
-    """Return a tensor's expression and its chunks by offset; notes each chunk's spec and place."""
-    held: dict[Box, Expr] = {}
-    slices: dict[tuple[int, ...], tuple[Copy, ...]] = {}
+def _held(
+    fqn: str, dtype: DType, boxes: list[Box], stored: _Places, specs: dict[str, TensorSpec], homes: dict[str, _Stored]
+) -> list[Held]:
+    """Return the chunks of a tensor that are in a file; notes each chunk's spec and place."""
+    found: list[Held] = []
     for offset, size in boxes:
-        if 0 in size:
-            continue
         home = stored.get((fqn, offset))
-        if home is None:
-            raise ValueError(f"the chunk at {list(offset)} is in no file")
+        if 0 in size or home is None:
+            continue
         piece = f"{fqn}@{','.join(map(str, offset))}"
         specs[piece] = TensorSpec(piece, dtype, size)
         homes[piece] = home
-        held[offset, size] = read(specs[piece])
-        slices[offset] = (Copy(_rank(home.file), piece),)
-    return assemble_boxes(held, shape, dtype), slices
+        found.append(((offset, size), Copy(_rank(home.file), piece)))
+    return found
+
+
+def is_stacked(path: Path) -> bool:
+    """Say whether Megatron wrote a directory, which stacks layers."""
+    about = path / "metadata.json"
+    if not about.is_file():
+        return False
+    with open_regular(about) as file:
+        data = bytearray(min(size_of(file), 1 << 16))
+        del data[pread_into(file, memoryview(data), 0) :]
+    try:
+        root = parse_json(bytes(data))
+    except ValueError:
+        return False
+    return isinstance(root, dict) and root.get("sharded_backend") == "torch_dist"
+
+
+def unstacked(whole: Placed) -> list[Placed]:
+    """Return the layers of a stacked tensor one by one, and any other tensor as it is."""
+    match = _STACK.fullmatch(whole.name)
+    if match is None or not whole.expr.shape or not whole.expr.shape[0]:
+        return [whole]
+    layers = []
+    for layer in range(whole.expr.shape[0]):
+        expr = cut(whole.expr, 0, layer, layer + 1)
+        inside = {at: box for at, box in whole.boxes.items() if box[0][0] <= layer < box[0][0] + box[1][0]}
+        slices = {at[1:]: whole.slices[at] for at in inside}
+        boxes = {at[1:]: (start[1:], size[1:]) for at, (start, size) in inside.items()}
+        name = f"{match[1]}{layer}.{match[2]}"
+        layers.append(Placed(name, reshape(expr, expr.shape[1:]), slices, boxes=boxes))
+    return layers
 
 
 def _rank(file: str) -> int:
@@ -153,7 +202,9 @@ def _metadata(
     root: object,
 ) -> tuple[_Tensors, list[str], _Places, dict[str, tuple[object, ...]]]:
     """Check the metadata's types; returns tensors, names of other values, where chunks lie, and the names' paths."""
-    fields = _fields(root, "Metadata")
+    fields = _fields(root, "Metadata", "MCoreMetadata")
+    if isinstance(reshaped := fields.get("mcore_data"), Table) and reshaped.items:
+        raise PickleError("it holds tensors that Megatron reshaped for its flat optimizer, which is not supported")
     tensors: _Tensors = {}
     others: list[str] = []
     for name, about in _pairs(fields.get("state_dict_metadata")):
@@ -212,10 +263,10 @@ def _sizes(value: object) -> tuple[int, ...]:
     return value
 
 
-def _fields(value: object, name: str) -> dict[str, object]:
+def _fields(value: object, *names: str) -> dict[str, object]:
     """Return the attributes of an instance of one of the metadata's classes."""
-    if not isinstance(value, Object) or value.path.rpartition(".")[2] != name:
-        raise PickleError(f"{kind(value)} stands where a {name} is expected")
+    if not isinstance(value, Object) or value.path.rpartition(".")[2] not in names:
+        raise PickleError(f"{kind(value)} stands where a {names[0]} is expected")
     return {key: held for key, held in _pairs(value.state) if isinstance(key, str)}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,13 +20,17 @@ from pathlib import Path
 from ..errors import InputError, counted
 from ..formats.untrusted import MAX_HEADER, open_regular, parse_json, pread_into, shown
 from .assembled import Arrangement, Assembled, Copy, Files, Placed
+from .grid import Box
 from .layout import Layout, assemble
+from .placing import Broken, Findings, grouped, settle
 
 METADATA = "metadata.json"
 LATEST = "latest_checkpointed_iteration.txt"
 _KEYS = ("state_dict_metadata", "storage_data")
 _PLAIN = re.compile(r"[^/\\\0]{1,255}")
 _HINT = "take a complete iteration directory, with the files of every rank"
+MAX_PIECES = 1 << 20
+"""Pieces of one tensor."""
 _Stored = dict[int, list[tuple[str, int]]]
 
 
@@ -74,7 +79,7 @@ def _read_json(path: Path) -> object:
         raise InputError(f"the metadata is not JSON: {error}", where=shown(str(path)), hint=_HINT) from None
 
 
-def open_iteration(path: Path) -> Assembled:
+def open_iteration(path: Path, *, findings: Findings | None = None) -> Assembled:
     """Open an iteration directory as one checkpoint, reading headers only.
 
     InputError lists every tensor of which a piece is missing, misshapen or described in a way that cannot be.
@@ -87,12 +92,10 @@ def open_iteration(path: Path) -> Assembled:
     names = sorted({file for pieces in stored.values() for held in pieces.values() for file, _ in held})
     absent = [name for name in names if not (path / name).is_file()]
     if absent:
-        raise InputError(
-            f"{counted(len(absent), 'file')} of the iteration are missing",
-            where=[shown(str(path / name)) for name in absent],
-            hint=_HINT,
-        )
-    pieces = Files(path, "safetensors", {name: path / name for name in names})
+        where = [shown(str(path / name)) for name in absent]
+        said = f"{counted(len(absent), 'file')} of the iteration {'is' if len(absent) == 1 else 'are'} missing"
+        settle(InputError(said, where=where, hint=_HINT), findings)
+    pieces = Files(path, "safetensors", {name: path / name for name in names if name not in absent})
     try:
         placed, problems = {}, []
         for name, about in described.items():
@@ -100,10 +103,12 @@ def open_iteration(path: Path) -> Assembled:
                 placed[name] = _place(name, about, stored.get(name, {}), pieces)
             except ValueError as error:
                 problems.append(f"{shown(name)}: {error}")
-        listed = {piece for p in placed.values() for copies in p.slices.values() for piece in (c.piece for c in copies)}
+                if findings is not None:
+                    findings.broken[name] = _broken(name, about, stored.get(name, {}), pieces, str(error))
+        listed = {f"{file}/{name}" for name, held in stored.items() for files in held.values() for file, _ in files}
         problems += [f"{shown(piece)}: not in the metadata" for piece in pieces.specs if piece not in listed]
         if problems:
-            raise InputError("the metadata and the files disagree", where=problems, hint=_HINT)
+            settle(InputError("the metadata and the files disagree", where=problems, hint=_HINT), findings)
         ranks = 1 + max((copy.rank for p in placed.values() for held in p.slices.values() for copy in held), default=0)
         stated = next(iter(pieces.stated.values()), {})
         return Assembled(path, pieces, Arrangement("mindformers iteration", ranks, placed, metadata=stated))
@@ -150,11 +155,12 @@ def _place(name: str, about: Mapping[str, object], stored: _Stored, pieces: File
     fractions = fractions or (1,) * len(shape)
     if len(shape) != len(fractions) or any(n < 1 or size % n for size, n in zip(shape, fractions, strict=True)):
         raise ValueError(f"shape {list(shape)} does not divide into {list(fractions)} pieces")
+    _count(fractions)
     local = tuple(size // n for size, n in zip(shape, fractions, strict=True))
     slices: dict[tuple[int, ...], tuple[Copy, ...]] = {}
     for number, index in enumerate(itertools.product(*map(range, fractions))):
         held = stored.get(number, [])
-        missing = [file for file, _ in held if name not in pieces.held[file]]
+        missing = [file for file, _ in held if name not in pieces.held.get(file, {})]
         if not held or missing:
             raise ValueError(f"piece {number} is in no file" if not held else f"not in {shown(missing[0])}")
         for file, _ in held:
@@ -167,7 +173,38 @@ def _place(name: str, about: Mapping[str, object], stored: _Stored, pieces: File
     reads = {index: pieces.piece(copies[0].piece.rpartition("/")[0], name) for index, copies in slices.items()}
     if len({expr.dtype for expr in reads.values()}) > 1:
         raise ValueError("its pieces have different element types")
-    return Placed(name, assemble(reads, fractions), slices, _layout(about.get("layout"), shape))
+    boxes = {index: _box(index, local) for index in slices}
+    return Placed(name, assemble(reads, fractions), slices, _layout(about.get("layout"), shape), boxes=boxes)
+
+
+def _box(index: Sequence[int], local: Sequence[int]) -> Box:
+    return tuple(i * n for i, n in zip(index, local, strict=True)), tuple(local)
+
+
+def _broken(name: str, about: Mapping[str, object], stored: _Stored, pieces: Files, problem: str) -> Broken:
+    """Describe a tensor of which pieces are missing or odd."""
+    held: list[tuple[Box, Copy]] = []
+    missing: dict[Box, tuple[int, ...]] = {}
+    try:
+        shape, fractions = _sizes(about.get("global_shape")), _sizes(about.get("axis_fragmentations"))
+        _count(fractions)
+        local = tuple(size // n for size, n in zip(shape, fractions, strict=True))
+    except (ValueError, ZeroDivisionError):
+        return Broken(name, None, None, {}, problem)
+    for number, index in enumerate(itertools.product(*map(range, fractions))):
+        box = _box(index, local)
+        there = [(file, rank) for file, rank in stored.get(number, []) if name in pieces.held.get(file, {})]
+        held += [(box, Copy(rank, f"{file}/{name}")) for file, rank in there]
+        if not there:
+            missing[box] = tuple(rank for _, rank in stored.get(number, []))
+    dtype = pieces.specs[held[0][1].piece].dtype if held else None
+    return Broken(name, dtype, shape, grouped(held), problem, missing)
+
+
+def _count(fractions: Sequence[int]) -> None:
+    """Refuse more pieces than checkpoints have."""
+    if math.prod(fractions) > MAX_PIECES:
+        raise ValueError(f"it is said to be cut into {math.prod(fractions)} pieces")
 
 
 def _sizes(value: object) -> tuple[int, ...]:

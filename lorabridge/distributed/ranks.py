@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import InputError, UsageError, counted
 from ..formats import FORMATS, identify
 from ..formats.untrusted import shown
-from .assembled import Arrangement, Assembled, Copy, Files, Placed, same_bits
+from ..tensors import TensorSpec
+from .assembled import Arrangement, Assembled, Copy, Files, Placed
+from .grid import Box
 from .layout import Layout, assemble
+from .placing import Broken, Findings, grouped, place_whole, settle
 from .strategy import Strategy, fitted, read_strategy
 
 _RANK = re.compile(r"rank_(\d{1,7})")
@@ -30,7 +33,9 @@ def is_rank_directory(path: Path) -> bool:
     return path.is_dir() and any(_RANK.fullmatch(p.name) for p in path.iterdir() if p.is_dir())
 
 
-def open_ranks(path: Path, *, strategies: Sequence[Path] = (), step: str | None = None) -> Assembled:
+def open_ranks(
+    path: Path, *, strategies: Sequence[Path] = (), step: str | None = None, findings: Findings | None = None
+) -> Assembled:
     """Open rank directories as one checkpoint, reading headers only (and what no strategy lists, to compare it).
 
     ``strategies``: see :func:`.strategy.read_strategy`; none: the ``strategy`` directory inside or
@@ -44,7 +49,7 @@ def open_ranks(path: Path, *, strategies: Sequence[Path] = (), step: str | None 
     pieces = Files(path, format, {f"rank_{rank}/{file.name}": file for rank, file in files.items()})
     try:
         ranks = {rank: f"rank_{rank}/{file.name}" for rank, file in files.items()}
-        arrangement = _Arranging(pieces, ranks, strategy).arrange()
+        arrangement = _Arranging(pieces, ranks, strategy, findings).arrange()
         return Assembled(path, pieces, arrangement)
     except BaseException:
         pieces.close()
@@ -114,6 +119,7 @@ class _Arranging:
     pieces: Files
     ranks: Mapping[int, str]
     strategy: Strategy | None
+    findings: Findings | None = None
     problems: list[str] = field(default_factory=list)
     unsaved: list[str] = field(default_factory=list)
     stood_in: dict[int, set[int]] = field(default_factory=dict)
@@ -127,11 +133,12 @@ class _Arranging:
                     self._add(placed, self._sliced(stage, name, layout))
         self._whole(placed)
         if self.problems:
-            raise InputError(
+            error = InputError(
                 f"the ranks do not make up one checkpoint ({counted(len(self.problems), 'problem')})",
                 where=self.problems,
                 hint="give every rank's file and the strategy of the run that wrote them",
             )
+            settle(error, self.findings)
         order = {name: None for file in self.ranks.values() for name in self.pieces.held[file]}
         devices = self.strategy.devices * len(self.strategy.stages) if self.strategy else len(self.ranks)
         return Arrangement(
@@ -192,7 +199,7 @@ class _Arranging:
             )
         elif known.layout is not None and found.layout is not None and known.layout.cuts == found.layout.cuts:
             both = {index: (*copies, *found.slices.get(index, ())) for index, copies in known.slices.items()}
-            placed[found.name] = Placed(known.name, known.expr, both, known.layout, known.stage)
+            placed[found.name] = replace(known, slices=both)
         else:
             self.problems.append(f"{shown(found.name)}: cut differently on stages {known.stage} and {found.stage}")
 
@@ -212,18 +219,31 @@ class _Arranging:
         shapes = {(spec.dtype, spec.shape) for spec in held.values()}
         if len(shapes) > 1:
             said = ", ".join(f"rank {rank} {spec.dtype} {spec.shape}" for rank, spec in held.items())
-            self.problems.append(f"{shown(name)}: slices differ in type or shape: {said}")
+            self._break(name, f"slices differ in type or shape: {said}", held, stage)
             return None
         ((_, local),) = shapes
         fits = fitted(layout, local)
         if fits is None or fits.problem():
             whole = f", which cuts a tensor of shape {layout.shape}" if layout.shape else ""
-            self.problems.append(f"{shown(name)}: slices of shape {local} are not of the strategy's layout{whole}")
+            self._break(name, f"slices of shape {local} are not of the strategy's layout{whole}", held, stage)
             return None
-        return self._put_together(stage, name, fits, set(held), first)
+        return self._put_together(stage, name, fits, held, first)
 
-    def _put_together(self, stage: int, name: str, layout: Layout, held: set[int], first: int) -> Placed | None:
+    def _break(self, name: str, problem: str, held: Mapping[int, TensorSpec], stage: int) -> None:
+        """Note what is wrong with a tensor, and the ranks' own tensors of its name."""
+        self.problems.append(f"{shown(name)}: {problem}")
+        if self.findings is not None:
+            copies = ((Copy(rank, f"{self.ranks[rank]}/{name}"), spec) for rank, spec in held.items())
+            own = grouped((((0,) * len(spec.shape), spec.shape), copy) for copy, spec in copies)
+            dtype = next((spec.dtype for spec in held.values()), None)
+            self.findings.broken[name] = Broken(name, dtype, None, own, problem, stage=stage)
+
+    def _put_together(
+        self, stage: int, name: str, layout: Layout, held: Mapping[int, TensorSpec], first: int
+    ) -> Placed | None:
         slices: dict[tuple[int, ...], tuple[Copy, ...]] = {}
+        spec = next(iter(held.values()))
+        lost: dict[tuple[int, ...], tuple[int, ...]] = {}
         for index, holders in layout.holders().items():
             ranks = [first + rank for rank in holders]
             there = [rank for rank in ranks if rank in held]
@@ -232,15 +252,23 @@ class _Arranging:
                 self.problems.append(
                     f"{shown(name)}: {place} lies on rank {_listed(ranks)}, and is on none that is there"
                 )
+                lost[index] = tuple(ranks)
                 continue
             slices[index] = tuple(Copy(rank, f"{self.ranks[rank]}/{name}") for rank in there)
             for rank in ranks:
                 if rank not in self.ranks:
                     self.stood_in.setdefault(rank, set()).add(there[0])
-        if len(slices) < len(layout.holders()):
+        boxes = {index: _box(index, spec.shape) for index in (*slices, *lost)}
+        if lost:
+            if self.findings is not None:
+                self.findings.broken[name] = Broken(
+                    name, spec.dtype, layout.whole_shape(spec.shape), {boxes[i]: c for i, c in slices.items()},
+                    f"{counted(len(lost), 'slice')} of {len(boxes)} on no rank that is there",
+                    {boxes[index]: ranks for index, ranks in lost.items()}, layout, stage,
+                )  # fmt: skip
             return None
         reads = {index: self.pieces.piece(self.ranks[c[0].rank], name) for index, c in slices.items()}
-        return Placed(name, assemble(reads, layout.fractions), slices, layout, stage)
+        return Placed(name, assemble(reads, layout.fractions), slices, layout, stage, boxes)
 
     def _whole(self, placed: dict[str, Placed]) -> None:
         """Take what no strategy lists from one rank, where all that hold it agree."""
@@ -250,26 +278,24 @@ class _Arranging:
                 if name not in placed:
                     holders.setdefault(name, []).append(rank)
         listed = {name for layouts in (self.strategy.stages.values() if self.strategy else ()) for name in layouts}
-        apart = []
+        cure = (
+            "the strategy does not list it (by default strategies hold trainable parameters only)"
+            if self.strategy
+            else "give --strategy"
+        )
         for name, ranks in holders.items():
             if name in listed:
                 continue  # its problem is said already
             copies = tuple(Copy(rank, f"{self.ranks[rank]}/{name}") for rank in ranks)
-            other = next((c for c in copies[1:] if not same_bits(self.pieces, copies[0].piece, c.piece)), None)
-            if other is not None:
-                apart.append(f"{shown(name)}: differs between rank {ranks[0]} and rank {other.rank}")
-                continue
-            spec = self.pieces.specs[copies[0].piece]
-            expr = self.pieces.piece(self.ranks[ranks[0]], name)
             stage = ranks[0] // self.strategy.devices if self.strategy else 0
-            placed[name] = Placed(name, expr, {(0,) * len(spec.shape): copies}, None, stage)
-        if apart:
-            cure = (
-                "the strategy does not list it (by default strategies hold trainable parameters only)"
-                if self.strategy
-                else "give --strategy"
-            )
-            self.problems += [f"{line}; {cure}" for line in apart]
+            try:
+                placed[name] = replace(place_whole(name, copies, self.pieces), stage=stage)
+            except ValueError as error:
+                self._break(name, f"{error}; {cure}", {c.rank: self.pieces.specs[c.piece] for c in copies}, stage)
+
+
+def _box(index: Sequence[int], local: Sequence[int]) -> Box:
+    return tuple(i * n for i, n in zip(index, local, strict=True)), tuple(local)
 
 
 def _listed(ranks: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ Format: ``pickletools`` of Python 3.11 for the opcodes; torch 2.13 ``torch/seria
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from .torchvalues import GLOBALS, STORAGES, Global, Object, Opaque, PickleError, Storage, Table, call, is_count, kind
 from .untrusted import shown
@@ -34,7 +34,7 @@ class Unpickler:
     ``objects``: names of classes whose instances are wanted as :class:`.torchvalues.Object`; they are never resolved.
     """
 
-    def __init__(self, data: bytes, objects: Collection[str] = ()) -> None:
+    def __init__(self, data: bytes, objects: Container[str] = ()) -> None:
         self._objects = objects
         self.storages: dict[str, Storage] = {}
         self._data = data

@@ -19,7 +19,7 @@ from __future__ import annotations
 import io
 import math
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -178,7 +178,7 @@ class Tree:
         )
 
 
-def open_tree(path: Path, *, region: tuple[int, int] | None = None, objects: Collection[str] = ()) -> Tree:
+def open_tree(path: Path, *, region: tuple[int, int] | None = None, objects: Container[str] = ()) -> Tree:
     """Read the pickle of a torch archive, whatever it holds; no tensor is read.
 
     ``region``: first byte and length of the archive inside the file. ``objects``: classes whose instances are kept, see
@@ -235,7 +235,7 @@ class Archive:
     big_endian: bool
 
 
-def _read(file: io.FileIO | Region, path: Path, objects: Collection[str] = ()) -> tuple[Archive, object]:
+def _read(file: io.FileIO | Region, path: Path, objects: Container[str] = ()) -> tuple[Archive, object]:
     """Check an archive and interpret its pickle; returns the archive and what was pickled."""
     where = shown(str(path))
     _, records = read_directory(file, path)
