@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from .. import dialects
 from ..axes import Expr, cast, reads
 from ..dialects import factors
-from ..dialects.adapter import Adapter, Content, Dialect, Facts, Json, LoraModule
+from ..dialects.adapter import Adapter, Content, Dialect, Fact, Facts, Json, LoraModule
 from ..dialects.peft_config import unsupported_fields
 from ..dialects.peft_write import of_part
 from ..dtypes import BY_NAME, DType
@@ -96,7 +96,7 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
     _check_expressible(mapped, target)
     if settings.compress:
         mapped = replace(mapped, modules=tuple(_compressed(mapped.modules, target, settings)))
-    written = target.write(mapped, settings.target_facts)
+    written = target.write(mapped, settings.target_facts.then(Facts((Fact("*", "table", settings.family),))))
     tensors = sorted(written.tensors, key=lambda row: natural_key(row[0]))
     outputs = tuple((name, _typed(expr, settings)) for name, expr in tensors)
     _check_all_used(content, outputs, dropped, unselected)

@@ -21,7 +21,7 @@ MODEL_CONFIG = "config.json"
 ADAPTER_STEM = "adapter_model"
 STEMS = {"diffusers": "pytorch_lora_weights", "mindone": "pytorch_lora_weights", "mlx": "adapters"}
 """Dialects whose loaders look for another file in a directory."""
-CONTAINERS = {"torchtune": (".pt", "torch")}
+CONTAINERS = {"torchtune": (".pt", "torch"), "gguf": (".gguf", "gguf")}
 """Dialects whose loaders look for another container in a directory."""
 MAX_CONFIG_BYTES = 16 << 20
 SAFETENSORS_DIALECTS = ("pynative", "mindone", "mindone-peft")

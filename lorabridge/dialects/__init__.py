@@ -11,6 +11,7 @@ from dataclasses import replace
 from ..errors import UsageError
 from .adapter import Content, Dialect
 from .diffusers import MINDONE, Diffusers
+from .gguf import Gguf
 from .kohya import Kohya
 from .loralib import Loralib
 from .loralib_ms import LoralibMs
@@ -30,7 +31,7 @@ DIALECTS: tuple[Dialect, ...] = (
     Peft(), Loralib(), LoralibMs(), Mindpet(), TK, Mcore(), Pynative(), Slora(), Mindnlp(), Mindnlp("mindnlp-0.2"),
     Kohya(), Diffusers(), MINDONE, LAYERS, GM, Vllm(), Vllm("vllm-mindspore"), Mlx(), Msbnb(),
     MindonePeft(),
-    Torchtune(),
+    Torchtune(), Gguf(),
 )  # fmt: skip
 
 PIPELINES = frozenset({"diffusers", "mindone"})
@@ -42,7 +43,7 @@ SURE = PIPELINES | {"mindone-gm", "mindone-peft"}
 CONFIGURED = frozenset({"peft", "mindone-peft", "mindnlp", "mindnlp-0.2", "vllm", "vllm-mindspore", "mlx", "torchtune"})
 """Dialects whose files mean nothing without the adapter_config.json that lies beside them in a directory."""
 
-NAMES = {"mindnlp": "hf", "mindnlp-0.2": "hf", "msbnb": "hf", "torchtune": "torchtune"}
+NAMES = {"mindnlp": "hf", "mindnlp-0.2": "hf", "msbnb": "hf", "torchtune": "torchtune", "gguf": "gguf"}
 """Whose module names a dialect has, where its framework does not say: transformers', or a project of PyTorch's."""
 
 

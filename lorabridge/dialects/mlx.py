@@ -32,7 +32,7 @@ class Mlx:
 
     def detect(self, content: Content) -> str | None:
         """Claim files outside MindSpore with bare ``P.lora_a``, or with MLX's config beside them."""
-        if in_mindspore(content):
+        if in_mindspore(content) or content.metadata.get("container") == "gguf":
             return None
         found = [name for name in content.specs if name.rpartition(".")[2] == SPELLING.a]
         if found:

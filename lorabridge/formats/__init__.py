@@ -26,6 +26,7 @@ FORMATS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "torch": ("torchzip", (".bin", ".pt", ".pth")),
     "mindspore": ("msckpt", (".ckpt",)),
     "npz": ("npz", (".npz",)),
+    "gguf": ("gguf", (".gguf",)),
 }
 
 # What the trainers of transformers and accelerate leave beside a checkpoint; never the checkpoint itself.

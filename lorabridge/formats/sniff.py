@@ -63,7 +63,7 @@ KINDS: dict[str, Kind] = {
         Kind("zstd", "zstd-compressed data", None, _UNPACK),
         Kind("xz", "xz-compressed data", None, _UNPACK),
         Kind("bzip2", "bzip2-compressed data", None, _UNPACK),
-        Kind("gguf", "a GGUF file", None, "convert it to safetensors with the tool that made it"),
+        Kind("gguf", "a GGUF file", "gguf"),
         Kind("hdf5", "an HDF5 file", None, "convert it to safetensors with Keras or TensorFlow"),
         Kind("npy", "a numpy .npy array", None, "save it with safetensors.numpy.save_file under its tensor name"),
         Kind("json", "a JSON text", None, "name the checkpoint or the directory that holds it, not its config"),
