@@ -92,13 +92,15 @@ if TYPE_CHECKING:
     float32: DType
     float64: DType
     bfloat16: DType
+    int32: DType
+    int64: DType
     nn: Any
     ops: Any
     initializers: Any
     context: Any
 else:
     try:
-        from mindspore import Parameter, Tensor, bfloat16, context, float16, float32, float64, nn, ops
+        from mindspore import Parameter, Tensor, bfloat16, context, float16, float32, float64, int32, int64, nn, ops
     except ModuleNotFoundError as error:
         if error.name != "mindspore":
             raise
@@ -117,8 +119,8 @@ else:
 
 __all__ = [
     "FLOATS", "HALF", "Activation", "Cell", "DType", "Dense", "Initializer", "MissingMindSporeError", "Parameter",
-    "Primitive", "Tensor", "bfloat16", "context", "float16", "float32", "float64", "initializers", "lift",
-    "must_upcast", "nn", "ops", "wide",
+    "Primitive", "Tensor", "bfloat16", "context", "float16", "float32", "float64", "initializers", "int32", "int64",
+    "lift", "must_upcast", "nn", "ops", "wide",
 ]  # fmt: skip
 
 HALF = (float16, bfloat16)

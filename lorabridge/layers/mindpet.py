@@ -71,11 +71,11 @@ class LoRADense(Merging, Dense):
         )  # fmt: skip
         check_sizes(lora_rank=lora_rank)
         _check_numbers(lora_alpha, lora_dropout)
-        _check_types(param_init_type=param_init_type, compute_dtype=compute_dtype)
+        check_types(param_init_type=param_init_type, compute_dtype=compute_dtype)
         shapes = {"lora_a_init": (lora_rank, in_channels), "lora_b_init": (out_channels, lora_rank)}
         a_init = initializers.HeUniform(negative_slope=math.sqrt(5)) if lora_a_init is None else lora_a_init
         for (name, shape), given in zip(shapes.items(), (a_init, lora_b_init), strict=True):
-            _check_shape(name, given, shape)
+            check_shape(name, given, shape)
         self.lora_rank = self.r = lora_rank
         self.lora_alpha, self.merge_weights = lora_alpha, merge_weights
         self.scaling = lora_alpha / lora_rank
@@ -128,7 +128,7 @@ class LoRADense(Merging, Dense):
         Raises TypeError for a strategy that is not a tuple, and ValueError for an activation that cannot be sharded
         by one strategy, such as LogSoftmax.
         """
-        activation = _activation_strategies(self.activation, strategy_activation) if self.activation_flag else []
+        activation = activation_strategies(self.activation, strategy_activation) if self.activation_flag else []
         dropout = getattr(self.lora_dropout, "dropout", None)
         wanted = [
             ("strategy_org_dense_matmul", self.matmul, strategy_org_dense_matmul),
@@ -140,15 +140,20 @@ class LoRADense(Merging, Dense):
             ("strategy_lora_add", self.add, strategy_lora_add),
             *(("strategy_activation", operator, strategy) for operator, strategy in activation),
         ]
-        for name, _, strategy in wanted:
-            if strategy is not None and not isinstance(strategy, tuple):
-                raise TypeError(f"{name} must be a tuple, not {strategy!r}")
-        for _, operator, strategy in wanted:
-            if operator is not None and strategy is not None:
-                operator.shard(strategy)
+        set_strategies(wanted)
 
 
-def _activation_strategies(activation: Activation, strategy: Strategy) -> list[tuple[Primitive, Strategy]]:
+def set_strategies(wanted: Sequence[tuple[str, Primitive | None, Strategy]]) -> None:
+    """Give operators their strategies, by the names of the options; TypeError for one that is no tuple."""
+    for name, _, strategy in wanted:
+        if strategy is not None and not isinstance(strategy, tuple):
+            raise TypeError(f"{name} must be a tuple, not {strategy!r}")
+    for _, operator, strategy in wanted:
+        if operator is not None and strategy is not None:
+            operator.shard(strategy)
+
+
+def activation_strategies(activation: Activation, strategy: Strategy) -> list[tuple[Primitive, Strategy]]:
     """Return the activation's operators with their strategies."""
     if isinstance(activation, nn.LogSoftmax):
         raise ValueError(
@@ -180,12 +185,14 @@ def _check_numbers(alpha: float, dropout: float) -> None:
         raise ValueError(f"lora_dropout must be at least 0 and below 1, not {dropout}")
 
 
-def _check_types(**types: DType) -> None:
+def check_types(**types: DType) -> None:
+    """Raise TypeError for a type that MindPet's cells cannot have."""
     for name, dtype in types.items():
         if not any(dtype is known or dtype == known for known in DTYPES):
             raise TypeError(f"{name} must be mindspore.float16, bfloat16 or float32, not {dtype}")
 
 
-def _check_shape(name: str, given: object, shape: Sequence[int]) -> None:
+def check_shape(name: str, given: object, shape: Sequence[int]) -> None:
+    """Raise ValueError where a tensor is given that has another shape."""
     if isinstance(given, Tensor) and tuple(given.shape) != tuple(shape):
         raise ValueError(f"{name} must have the shape {tuple(shape)}, not {tuple(given.shape)}")

@@ -17,7 +17,9 @@ __all__ = ["TrainableParamsCheckPoint", "freeze_delta", "is_lora", "lora_state_d
 Bias = Literal["none", "all", "lora_only"]
 
 BIASES = ("none", "all", "lora_only")
-MODES = ("lora", "prefixtuning", "adapter", "low_rank_adapter", "bitfit", "ptuning2")
+MODES = ("lora", "prefixtuning", "adapter", "low_rank_adapter", "bitfit", "ptuning2", "prompttuning")
+SPELLINGS = {"prefix": "prefixtuning", "prompt": "prompttuning", "prompt_tuning": "prompttuning"}
+"""What MindPet's guide calls modes that its code calls otherwise."""
 _LORA = re.compile(r"(^|[._])lora_")
 
 
@@ -58,7 +60,8 @@ def freeze_delta(
 ) -> None:
     """Freeze everything but the parameters of fine-tuning algorithms: MindPet 1.0.4's function of this name.
 
-    ``mode``: lora, prefixtuning, adapter, low_rank_adapter, bitfit or ptuning2, in any case; several together add up.
+    ``mode``: lora, prefixtuning (or prefix), adapter, low_rank_adapter, bitfit, ptuning2 or prompttuning (or prompt),
+    in any case; several together add up.
     ``include``: patterns (``*`` any text, ``?``, ``[...]``) of parameter names to freeze beyond that; ``exclude``: of
     names to train. A name that fits both lists stays as the mode has it, as MindPet documents. Parameters of integers
     never train.
@@ -92,9 +95,10 @@ def freeze_delta(
 def _of_mode(mode: object, names: dict[str, Parameter]) -> set[str]:
     if not isinstance(mode, str):
         raise TypeError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
-    if mode.lower() not in MODES:
+    kind = mode.lower().replace("-", "_").replace(" ", "_")
+    kind = SPELLINGS.get(kind, kind)
+    if kind not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
-    kind = mode.lower()
     if kind == "lora":
         return {name for name in names if is_lora(name)}
     if kind == "bitfit":
