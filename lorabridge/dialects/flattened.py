@@ -39,7 +39,7 @@ class Part:
 class Pipeline:
     """A pipeline whose tables ship. ``written``: the side of the first part's table whose names sd-scripts flattens.
 
-    ``version``: what sd-scripts writes as ``ss_base_model_version``.
+    ``version``: what sd-scripts writes as ``ss_base_model_version``, "" where that is not known.
     """
 
     name: str
@@ -48,29 +48,36 @@ class Pipeline:
     version: str
 
 
+def _sd3(table: str) -> tuple[Part, ...]:
+    return (
+        Part("lora_unet_", "transformer", table),
+        Part("lora_te1_", "text_encoder", "clip_text"),
+        Part("lora_te2_", "text_encoder_2", "clip_text"),
+        Part("lora_te3_", "text_encoder_3", "t5_encoder"),
+    )
+
+
+_SDXL = (
+    Part("lora_unet_", "unet", "sdxl"),
+    Part("lora_te1_", "text_encoder", "clip_text"),
+    Part("lora_te2_", "text_encoder_2", "clip_text"),
+)
+_FLUX = (
+    Part("lora_unet_", "transformer", "flux"),
+    Part("lora_te1_", "text_encoder", "clip_text"),
+    Part("lora_te3_", "text_encoder_2", "t5_encoder"),
+)
+_SD15, _SD21 = (
+    (Part("lora_unet_", "unet", table), Part("lora_te_", "text_encoder", "clip_text")) for table in ("sd15", "sd21")
+)
 PIPELINES = (
-    Pipeline(
-        "sd15",
-        (Part("lora_unet_", "unet", "sd15"), Part("lora_te_", "text_encoder", "clip_text")),
-        "hf",
-        "sd_v1",
-    ),
-    Pipeline(
-        "sd21",
-        (Part("lora_unet_", "unet", "sd21"), Part("lora_te_", "text_encoder", "clip_text")),
-        "hf",
-        "sd_v2",
-    ),
-    Pipeline(
-        "sdxl",
-        (
-            Part("lora_unet_", "unet", "sdxl"),
-            Part("lora_te1_", "text_encoder", "clip_text"),
-            Part("lora_te2_", "text_encoder_2", "clip_text"),
-        ),
-        "ms",
-        "sdxl_base_v1-0",
-    ),
+    Pipeline("sd15", _SD15, "hf", "sd_v1"),
+    Pipeline("sd21", _SD21, "hf", "sd_v2"),
+    Pipeline("sdxl", _SDXL, "ms", "sdxl_base_v1-0"),
+    Pipeline("sd3", _sd3("sd3"), "ms", ""),
+    Pipeline("sd35_medium", _sd3("sd35_medium"), "ms", ""),
+    Pipeline("sd35_large", _sd3("sd35_large"), "ms", ""),
+    Pipeline("flux", _FLUX, "ms", "flux1"),
 )
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lycoris_")
 """How flattened names begin: sd-scripts of 2026-02, and LyCORIS 4.1.3 for networks of any kind."""

@@ -105,7 +105,7 @@ def _metadata(modules: Sequence[LoraModule], pipeline: flattened.Pipeline | None
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
     }
-    if pipeline is not None:
+    if pipeline is not None and pipeline.version:
         metadata["ss_base_model_version"] = pipeline.version
     return metadata
 

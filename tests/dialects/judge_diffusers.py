@@ -3,11 +3,11 @@
     python judge_diffusers.py        needs diffusers 0.42.1 beside torch and peft; writes diffusers_judged.json
 
 ``names``: every flattened module of Stable Diffusion 1.5 (diffusers' naming) and XL (the original one) and what
-diffusers' own converters make of it. ``forward``: the largest difference between the outputs of a tiny U-Net with a
-file loaded by diffusers and the same U-Net with the delta of sd-scripts' formula added to its weights, and a digest
-of the file, so that tests can tell whether lorabridge still writes what was judged. diffusers' importer of sd-
-scripts' files gives some modules the alpha of others where alphas or ranks differ ("original" is the file that was
-converted); with one rank and alpha it agrees.
+diffusers' own converters make of it. ``fused``: where diffusers puts the rows of every module of Flux. ``forward``:
+the largest difference between the outputs of a tiny U-Net with a file loaded by diffusers and the same U-Net with the
+delta of sd-scripts' formula added to its weights, and a digest of the file, so that tests can tell whether lorabridge
+still writes what was judged. diffusers' importer of sd- scripts' files gives some modules the alpha of others where
+alphas or ranks differ ("original" is the file that was converted); with one rank and alpha it agrees.
 """
 
 from __future__ import annotations
@@ -143,6 +143,28 @@ def names() -> dict[str, dict[str, str]]:
     return found
 
 
+def fused() -> dict[str, list[tuple[str, int, int]]]:
+    """Return where diffusers puts the rows of every module of Flux: flattened name to (path, first row, last + 1)."""
+    from diffusers.loaders import lora_conversion_utils as theirs
+
+    from lorabridge.families import tables
+
+    known = tables.names(tables.load_family("flux"), {}, "ms", layout={"ms_prefix": ""})
+    shapes = {n.removesuffix(".weight"): s for n, s in known.items() if n.endswith(".weight") and "blocks" in n}
+    state, flats = {}, []
+    for path, shape in shapes.items():
+        flat = "lora_unet_" + path.replace(".", "_")
+        rows = torch.arange(shape[0], dtype=torch.float64) + len(flats) * 2**20 + 1
+        state |= {f"{flat}.lora_down.weight": torch.ones(1, 1), f"{flat}.lora_up.weight": rows.reshape(-1, 1)}
+        flats.append(flat)
+    found: dict[str, list[tuple[str, int, int]]] = {flat: [] for flat in flats}
+    for name, tensor in theirs._convert_kohya_flux_lora_to_diffusers(state).items():
+        if name.endswith(".lora_B.weight"):
+            first, last = int(tensor[0, 0]) - 1, int(tensor[-1, 0])
+            found[flats[first // 2**20]].append((name.removesuffix(".lora_B.weight"), first % 2**20, last % 2**20))
+    return {flat: sorted(rows, key=lambda row: row[1]) for flat, rows in found.items()}
+
+
 def main() -> None:
     """Write the judged files' inputs and the verdicts."""
     import diffusers
@@ -169,9 +191,9 @@ def main() -> None:
                 forward[f"{label} {case}"] = {
                     "difference": float((found - wanted).abs().max()), "change": change, "digest": digest(path),
                 }  # fmt: skip
-    verdict |= {"forward": forward, "names": names()}
+    verdict |= {"forward": forward, "names": names(), "fused": fused()}
     (HERE / "diffusers_judged.json").write_text(json.dumps(verdict, indent=0) + "\n")
-    print(json.dumps({k: v for k, v in verdict.items() if k != "names"}, indent=1))
+    print(json.dumps({k: v for k, v in verdict.items() if k not in ("names", "fused")}, indent=1))
 
 
 def digest(path: Path) -> str:

@@ -271,3 +271,78 @@ def test_flattening_a_module_of_a_known_pipeline_and_looking_it_up_gives_it_back
     spelled = flattened.spell(dict.fromkeys(paths), family).names
     places, _ = flattened.resolve(dict.fromkeys(spelled.values()), family, "")
     assert {place.path for place in places.values()} == set(paths)
+
+
+FUSED = JUDGED["fused"]
+FLUX = {
+    **lora("lora_unet_double_blocks_0_img_attn_qkv", 9216, 3072, 2, 1.0),
+    **lora("lora_unet_double_blocks_18_txt_mlp_0", 12288, 3072, 2, 1.0),
+    **lora("lora_unet_single_blocks_37_linear1", 21504, 3072, 2, 1.0),
+    **lora("lora_te1_text_model_encoder_layers_0_mlp_fc1", 3072, 768, 2, 1.0),
+    **lora("lora_te3_encoder_block_0_layer_1_DenseReluDense_wi_0", 10240, 4096, 2, 1.0),
+}
+
+
+def test_every_module_of_flux_falls_apart_as_diffusers_lets_it() -> None:
+    from lorabridge.axes import Read, Slice
+    from lorabridge.dialects.adapter import LoraModule, Scaling, Term
+    from lorabridge.dialects.kohya_write import split
+    from lorabridge.dtypes import BY_NAME
+
+    half = BY_NAME["float16"]
+    places, pipelines = flattened.resolve(dict.fromkeys(FUSED), None, "")
+    assert pipelines == ("flux",)
+    modules = []
+    for name, rows in FUSED.items():
+        out = rows[-1][2]
+        term = Term(Read(f"{name}.a", half, (2, 3072)), Read(f"{name}.b", half, (out, 2)), 0, out)
+        modules.append(LoraModule(places[name].path, "linear", out, (term,), Scaling(2, 2)))
+    fused = {place.path: place.fused for place in places.values() if place.fused}
+    assert len(fused) == 19 * 2 + 38
+    found: dict[str, list[object]] = {}
+    for module in split(modules, fused):
+        b = module.terms[0].b
+        name, start = (b.x.name, b.start) if isinstance(b, Slice) else (b.name, 0)
+        found.setdefault(name.removesuffix(".b"), []).append([module.path, start, start + module.out])
+    assert {name: sorted(rows, key=lambda row: row[1]) for name, rows in found.items()} == FUSED
+
+
+def applied(tensors: Tensors, name: str, x: torch.Tensor) -> torch.Tensor:
+    """Run a linear module's delta without forming it."""
+    down, up = tensors[f"{name}.lora_down.weight"].double(), tensors[f"{name}.lora_up.weight"].double()
+    return up @ (down @ x) * float(tensors[f"{name}.alpha"]) / down.shape[0]
+
+
+def test_flux_goes_to_diffusers_and_back_with_the_same_deltas(tmp_path: Path) -> None:
+    save_file(FLUX, tmp_path / "in.safetensors")
+    facts = Facts((Fact("*", "alpha_in", "config"),))
+    done = convert(tmp_path / "in.safetensors", tmp_path / "d", ConvertOptions(target_dialect="diffusers", facts=facts))
+    paths = {module.path for module in done.modules}
+    assert {f"transformer.transformer_blocks.0.attn.to_{x}" for x in "qkv"} < paths
+    assert "transformer.single_transformer_blocks.37.proj_mlp" in paths
+    assert "text_encoder_2.encoder.block.0.layer.1.DenseReluDense.wi_0" in paths
+    (tmp_path / "d" / "lorabridge.json").unlink()
+    convert(tmp_path / "d", tmp_path / "back.safetensors", ConvertOptions(target_dialect="kohya"))
+    back = load_file(tmp_path / "back.safetensors")
+    assert {name.partition(".")[0] for name in back} == {name.partition(".")[0] for name in FLUX}
+    for name in {name.partition(".")[0] for name in FLUX}:
+        probe = torch.linspace(-1, 1, FLUX[f"{name}.lora_down.weight"].shape[1], dtype=torch.float64)
+        torch.testing.assert_close(applied(back, name, probe), applied(FLUX, name, probe), rtol=1e-12, atol=1e-12)
+
+
+def test_one_of_three_projections_becomes_a_fused_module_with_zeros(tmp_path: Path) -> None:
+    name = "transformer.transformer_blocks.3.attn.to_k"
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{name}.lora_A.weight": torch.randn(2, 3072, generator=g),
+        f"{name}.lora_B.weight": torch.randn(3072, 2),
+    }
+    save_file(tensors, tmp_path / "in.safetensors")
+    options = ConvertOptions(target_dialect="kohya", facts=Facts((Fact("*", "names_of", "flux"),)))
+    convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", options)
+    found = load_file(tmp_path / "out.safetensors")
+    up = found["lora_unet_double_blocks_3_img_attn_qkv.lora_up.weight"]
+    assert up.shape == (9216, 2)
+    assert torch.equal(up[3072:6144], tensors[f"{name}.lora_B.weight"])
+    assert not up[:3072].any()
+    assert not up[6144:].any()

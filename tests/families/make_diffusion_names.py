@@ -1,10 +1,10 @@
-"""Write diffusion_names.json.gz: the parameters of diffusers' networks, and what diffusers takes them for in LDM files.
+"""Write diffusion_names.json.gz: the parameters of diffusers' networks, and what diffusers makes of original files.
 
     python make_diffusion_names.py        needs diffusers 0.42.1 beside torch
 
-Every parameter of the U-Nets of Stable Diffusion 1.5, 2.1 and XL (``network``: name to shape, on the meta device); and
-``original``: the name in the original code, found by giving ``convert_ldm_unet_checkpoint`` a tensor for each of the
-table's names and looking where it ends up. MindSpore's norms have gamma and beta, PyTorch's weight and bias.
+``network``: name to shape of every parameter, on the meta device. ``original``: what each is made of in the original
+code: runs of (name, first row, last row + 1), found by giving diffusers' converters tensors whose elements say where
+they lie. MindSpore's norms have gamma and beta, PyTorch's weight and bias.
 """
 
 from __future__ import annotations
@@ -27,30 +27,71 @@ CONFIGS = {
     "sd21": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
     "sdxl": SDXL,
 }
+SD3 = {"num_attention_heads": 24, "num_layers": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
+TRANSFORMERS = {
+    "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+    "sd3": ("SD3Transformer2DModel", SD3),
+    "sd35_medium": (
+        "SD3Transformer2DModel",
+        {**SD3, "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
+    ),
+    "sd35_large": (
+        "SD3Transformer2DModel",
+        {
+            "num_attention_heads": 38, "num_layers": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+    ),
+}  # fmt: skip
 NORMS = {"gamma": "weight", "beta": "bias"}
+STEP = 1 << 20
+Runs = list[tuple[str, int, int]]
+
+
+def places(names: dict[str, tuple[int, ...]]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return a thin tensor for every name, whose elements count rows from a number of its own, and the names."""
+    state = {}
+    for number, (name, shape) in enumerate(names.items()):
+        path, _, leaf = name.rpartition(".")
+        rows = torch.arange(max(shape[0], 1), dtype=torch.float64) + number * STEP
+        state[f"{path}.{NORMS.get(leaf, leaf)}" if path else leaf] = rows.reshape(-1, *(1,) * (len(shape) - 1))
+    return state, list(names)
+
+
+def runs(tensor: torch.Tensor, names: list[str]) -> Runs:
+    """Read off which rows of which tensors a converted tensor consists of."""
+    out: Runs = []
+    for value in tensor.reshape(-1).long().tolist():
+        name, row = names[value // STEP], value % STEP
+        if out and out[-1][0] == name and out[-1][2] == row:
+            out[-1] = (name, out[-1][1], row + 1)
+        else:
+            out.append((name, row, row + 1))
+    return out
 
 
 def main() -> None:
     """Write the file."""
     import diffusers
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+    from diffusers.loaders import single_file_utils as theirs
 
     from lorabridge.families import tables
 
     out: dict[str, object] = {"diffusers": diffusers.__version__}
-    for family, config in CONFIGS.items():
+    networks = {family: ("UNet2DConditionModel", config) for family, config in CONFIGS.items()} | TRANSFORMERS
+    for family, (kind, config) in networks.items():
         with torch.device("meta"):
-            network = diffusers.UNet2DConditionModel(**config)
-        shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-        state, labels = {}, {}
-        for name in tables.names(tables.load_family(family), {}, "ms"):
-            path, _, leaf = name.rpartition(".")
-            state[f"{path}.{NORMS.get(leaf, leaf)}"] = torch.full((1,), float(len(labels)))
-            labels[float(len(labels))] = name
-        found = convert_ldm_unet_checkpoint(state, dict(network.config))
+            network = getattr(diffusers, kind)(**config)
+        state, names = places(tables.names(tables.load_family(family), {}, "ms", optional=True))
+        if kind.startswith("UNet"):
+            found = theirs.convert_ldm_unet_checkpoint(state, dict(network.config))
+        elif kind.startswith("Flux"):
+            found = theirs.convert_flux_transformer_checkpoint_to_diffusers(state)
+        else:
+            found = theirs.convert_sd3_transformer_checkpoint_to_diffusers(state)
         out[family] = {
-            "network": shapes,
-            "original": {name: labels[float(tensor)] for name, tensor in found.items()},
+            "network": {name: list(tensor.shape) for name, tensor in network.state_dict().items()},
+            "original": {name: runs(tensor, names) for name, tensor in found.items() if tensor is not None},
         }
     text = json.dumps(out, sort_keys=True).encode()
     (Path(__file__).parent / "diffusion_names.json.gz").write_bytes(gzip.compress(text, 9, mtime=0))

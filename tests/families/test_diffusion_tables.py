@@ -9,54 +9,92 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorabridge.axes import Read
+from lorabridge.axes import Expr, Join, Read, Slice
 from lorabridge.dialects.adapter import Adapter, Extra, LoraModule, Scaling, Term
 from lorabridge.dtypes import BY_NAME
 from lorabridge.families import tables
 
 KNOWN = json.loads(gzip.decompress((Path(__file__).parent / "diffusion_names.json.gz").read_bytes()))
 UNETS = ["sd15", "sd21", "sdxl"]
+TRANSFORMERS = ["sd3", "sd35_medium", "sd35_large", "flux"]
 FLOAT = BY_NAME["float16"]
+ANY_ROWS = 16
 
 
-@pytest.mark.parametrize("family", UNETS)
-def test_a_u_net_s_names_and_shapes_are_those_of_diffusers(family: str) -> None:
-    names = tables.names(tables.load_family(family), {}, "hf", layout={"hf_prefix": ""})
-    assert {name: list(shape) for name, shape in names.items()} == KNOWN[family]["network"]
-
-
-@pytest.mark.parametrize("family", UNETS)
-def test_every_original_name_is_what_diffusers_takes_it_for(family: str) -> None:
+def known_names(family: str, side: str, **layout: str) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes; sizes that a table leaves open are 16."""
     table = tables.load_family(family)
-    hf, ms = (tables.names(table, {}, side, layout={"hf_prefix": ""}) for side in ("hf", "ms"))
-    assert dict(zip(hf, ms, strict=True)) == KNOWN[family]["original"]
+    names = tables.names(table, {}, side, layout=layout, optional=True)
+    return {name: tuple(ANY_ROWS if n < 0 else n for n in shape) for name, shape in names.items()}
 
 
-@pytest.mark.parametrize("prefix", ["", "unet."])
-@pytest.mark.parametrize("family", UNETS)
-def test_a_whole_u_net_goes_there_and_back(family: str, prefix: str) -> None:
-    table = tables.load_family(family)
-    names = tables.names(table, {}, "hf", layout={"hf_prefix": prefix})
+def model(names: dict[str, tuple[int, ...]]) -> Adapter:
+    """Make a whole model of reads."""
     extras = []
     for name, shape in names.items():
         path, _, parameter = name.rpartition(".")
         extras.append(Extra(path, parameter, Read(name, FLOAT, shape), "base"))
-    there = tables.map_adapter(table, Adapter((), tuple(extras)), to="ms", sizes={})
-    assert all(extra.name.startswith("model.diffusion_model.") for extra in there.extras)
-    assert any(extra.parameter == "gamma" for extra in there.extras)
-    back = tables.map_adapter(table, there, to="hf", sizes={}, layout={"hf_prefix": prefix})
-    assert {extra.name: extra.value for extra in back.extras} == {extra.name: extra.value for extra in extras}
-    assert not tables.check_complete(table, dict(names), side="hf", sizes={}).problems
+    return Adapter((), tuple(extras))
 
 
-@pytest.mark.parametrize("family", UNETS)
-def test_every_linear_module_goes_there_and_back(family: str) -> None:
+def runs(expr: Expr) -> list[list[object]]:
+    """Return which rows of which tensors an expression consists of, as the fixture has them."""
+    if isinstance(expr, Read):
+        return [[expr.name, 0, expr.shape[0] if expr.shape else 1]]
+    if isinstance(expr, Slice):
+        assert expr.axis == 0
+        ((name, first, _),) = runs(expr.x)
+        return [[name, first + expr.start, first + expr.stop]]
+    assert isinstance(expr, Join)
+    assert expr.axis == 0
+    return [run for part in expr.parts for run in runs(part)]
+
+
+@pytest.mark.parametrize("family", [*UNETS, *TRANSFORMERS])
+def test_a_network_s_names_and_shapes_are_those_of_diffusers(family: str) -> None:
+    real = {name: tuple(shape) for name, shape in KNOWN[family]["network"].items()}
+    found = tables.names(tables.load_family(family), {}, "hf", layout={"hf_prefix": ""}, optional=True)
+    assert {n: tuple(r if k < 0 else k for k, r in zip(s, real[n], strict=True)) for n, s in found.items()} == real
+
+
+@pytest.mark.parametrize("family", [*UNETS, *TRANSFORMERS])
+def test_every_row_comes_from_where_diffusers_takes_it(family: str) -> None:
+    names = known_names(family, "ms")
+    made = tables.map_adapter(tables.load_family(family), model(names), to="hf", sizes={}, layout={"hf_prefix": ""})
+    found = {extra.name: runs(extra.value) for extra in made.extras}
+    judged = KNOWN[family]["original"]
+    assert set(found) == set(judged)
+    for name, rows in found.items():
+        whole = len(rows) == len(judged[name]) == 1 and rows[0][1:] == [0, names[str(rows[0][0])][0]]
+        assert rows == judged[name] or (whole and rows[0][0] == judged[name][0][0]), name
+
+
+@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize("family", [*UNETS, *TRANSFORMERS])
+def test_a_whole_network_goes_there_and_back(family: str, bare: bool) -> None:
     table = tables.load_family(family)
-    shapes = {n.removesuffix(".weight"): s for n, s in KNOWN[family]["network"].items() if len(s) == 2}
+    prefix = "" if bare else table.hf_prefix.text
+    whole = model(known_names(family, "hf", hf_prefix=prefix))
+    there = tables.map_adapter(table, whole, to="ms", sizes={})
+    assert {e.name for e in there.extras} == set(known_names(family, "ms"))
+    back = tables.map_adapter(table, there, to="hf", sizes={}, layout={"hf_prefix": prefix})
+    assert {extra.name: extra.value for extra in back.extras} == {extra.name: extra.value for extra in whole.extras}
+    shapes = {extra.name: extra.value.shape for extra in whole.extras}
+    assert not tables.check_complete(table, shapes, side="hf", sizes={}).problems
+
+
+@pytest.mark.parametrize("family", [*UNETS, *TRANSFORMERS])
+def test_every_module_goes_there_and_back(family: str) -> None:
+    table = tables.load_family(family)
+    weights = known_names(family, "hf")
+    shapes = {n.removesuffix(".weight"): s for n, s in weights.items() if n.endswith(".weight") and len(s) > 1}
     modules = []
-    for path, (out, inner) in shapes.items():
-        term = Term(Read(f"{path}.a", FLOAT, (4, inner)), Read(f"{path}.b", FLOAT, (out, 4)), 0, out)
-        modules.append(LoraModule(f"unet.{path}", "linear", out, (term,), Scaling(4, 4)))
+    for path, (out, inner, *kernel) in shapes.items():
+        a = Read(f"{path}.a", FLOAT, (4, inner, *kernel))
+        b = Read(f"{path}.b", FLOAT, (out, 4, *(1,) * len(kernel)))
+        kind = "conv2d" if kernel else "linear"
+        term = Term(a, b, 0, out)
+        modules.append(LoraModule(path, kind, out, (term,), Scaling(4, 4), kernel_size=tuple(kernel)))
     there = tables.map_adapter(table, Adapter(tuple(modules)), to="ms", sizes={})
     back = tables.map_adapter(table, there, to="hf", sizes={})
     assert {m.path: m.terms for m in back.modules} == {m.path: m.terms for m in modules}
@@ -83,3 +121,19 @@ def test_clip_s_names_and_shapes_are_those_of_transformers(name: str) -> None:
     ms = tables.names(table, sizes, "ms", architecture=name)
     renamed = {n.rpartition(".")[2] for n in ms} - {n.rpartition(".")[2] for n in names}
     assert renamed == {"gamma", "beta", "embedding_table"}
+
+
+def test_t5_s_names_and_shapes_are_those_of_transformers() -> None:
+    import transformers
+
+    config = transformers.T5Config(
+        d_model=8, d_kv=3, d_ff=12, num_layers=2, num_heads=2, vocab_size=11, feed_forward_proj="gated-gelu"
+    )
+    with torch.device("meta"):
+        network = transformers.T5EncoderModel(config)
+    table = tables.load_family("t5_encoder")
+    sizes = tables.sizes_from_config(table, json.loads(config.to_json_string(use_diff=False)))
+    names = tables.names(table, sizes, "hf")
+    real = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    real.pop("encoder.embed_tokens.weight", None)
+    assert names == real
