@@ -59,6 +59,8 @@ def _rule(table: Table, rule: Rule) -> Iterator[str]:
     for name, options in templates[0].holes.items():
         if not options and name not in counted:
             yield f"integer hole {{{name}}} is not in [holes]"
+        if options and name in counted:
+            yield f"hole {{{name}}} has options here and numbers in [holes]"
     declared = {name for name, _ in table.sizes}
     for size in rule.sizes:
         for field in size.fields:

@@ -1,7 +1,7 @@
 """Build small mixture-of-experts networks of MindFormers on the CPU and write their parameters' names and shapes.
 
 ``python make_moe_names.py RELEASE [CASE...]`` adds to ``names/`` what ``make_mindformers_names.py`` writes for dense
-networks, in the same form and by the same means.
+networks, in the same form and by the same means; ``research`` of release 1.5.0 must be importable.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from make_mindformers_names import CASES as DENSE
-from make_mindformers_names import graph_training, mcore, stand_in, write
+from make_mindformers_names import LLAMA, graph_training, mcore, network, stand_in, write
 
 QWEN = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
         "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2,
@@ -43,20 +43,63 @@ def deepseek3(part: str, cls: str, **fields: object) -> object:
     return mcore(*args, part, **DEEPSEEK | GROUPED | fields)
 
 
+OLD = {"batch_size": 1, "seq_length": 16, "hidden_size": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 40,
+       "intermediate_size": 28, "q_lora_rank": 12, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
+       "v_head_dim": 8, "mtp_depth": 1, "max_position_embeddings": 32, "offset": 0, "extend_method": "None",
+       "compute_dtype": "float32"}  # fmt: skip
+ROUTED = {"num_experts_chosen": 2, "routing_policy": "TopkRouterV2"}
+BIASED = ROUTED | {"expert_num": 4, "shared_expert_num": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 10,
+                   "topk_group": 1, "n_group": 1, "balance_via_topk_bias": True,
+                   "topk_bias_update_rate": 0.001}  # fmt: skip
+
+
+def without_groups() -> None:
+    """Let layers that exchange tokens between devices be built without any other device."""
+    import mindformers.modules.transformer.moev3 as layers
+
+    layers.create_group = lambda *_, **__: None
+
+
+def llama(*, qkv: bool = False, bias: bool = False, predict: bool = False, **fields: object) -> object:
+    from mindformers.models.llama import LlamaConfig, LlamaForCausalLM
+    from mindformers.modules.transformer.moe import MoEConfig
+
+    without_groups()
+    made = MoEConfig(expert_num=3, **ROUTED | fields)
+    more = {"use_past": True, "use_flash_attention": True} if predict else {}
+    return LlamaForCausalLM(LlamaConfig(**LLAMA, qkv_concat=qkv, qkv_has_bias=bias, moe_config=made, **more))
+
+
+def old_deepseek(**fields: object) -> object:
+    without_groups()
+    where = "research.deepseek3"
+    return network(f"{where}.deepseek3_model_train", "TrainingDeepseekV3ForCausalLM", f"{where}.deepseek3_config",
+                   "DeepseekV3Config", **OLD, moe_config=BIASED | fields)  # fmt: skip
+
+
+SHARED = {"shared_expert_num": 2, "use_shared_expert_gating": True}
 MOE = {
+    "1.5.0": {
+        "mixtral.1.5.0.batched": llama,
+        "mixtral.1.5.0.grouped": lambda: llama(use_gmm=True),
+        "mixtral.1.5.0.predict": lambda: llama(predict=True),
+        "qwen2_moe.1.5.0.batched": lambda: llama(bias=True, **SHARED),
+        "qwen2_moe.1.5.0.grouped": lambda: llama(bias=True, use_gmm=True, **SHARED),
+        "qwen2_moe.1.5.0.predict_concat": lambda: llama(bias=True, qkv=True, predict=True, **SHARED),
+        "deepseek3.1.5.0.batched": old_deepseek,
+        "deepseek3.1.5.0.grouped": lambda: old_deepseek(use_gmm=True),
+    },
     "2.1.0": {
-        "qwen3_moe.2.1.0.graph": lambda: qwen3("train", "TrainingQwen3MoeForCausalLM"),
-        "qwen3_moe.2.1.0.predict": lambda: qwen3("infer", "InferenceQwen3MoeForCausalLM"),
-        "deepseek3.2.1.0.graph": lambda: deepseek3("train", "TrainingDeepseekV3ForCausalLM", mla_qkv_concat=False),
-        "deepseek3.2.1.0.graph_concat": lambda: deepseek3(
+        "qwen3_moe_mcore.2.1.0.graph": lambda: qwen3("train", "TrainingQwen3MoeForCausalLM"),
+        "qwen3_moe_mcore.2.1.0.predict": lambda: qwen3("infer", "InferenceQwen3MoeForCausalLM"),
+        "deepseek3_mcore.2.1.0.graph": lambda: deepseek3(
+            "train", "TrainingDeepseekV3ForCausalLM", mla_qkv_concat=False),
+        "deepseek3_mcore.2.1.0.graph_concat": lambda: deepseek3(
             "train", "TrainingDeepseekV3ForCausalLM", mla_qkv_concat=True),
-        "deepseek3.2.1.0.pynative": lambda: deepseek3("pynative", "PyNativeDeepseekV3ForCausalLM"),
-        "deepseek3.2.1.0.predict": lambda: deepseek3("infer", "InferenceDeepseekV3ForCausalLM"),
-        "glm4_moe.2.1.0.predict": lambda: mcore(
+        "deepseek3_mcore.2.1.0.pynative": lambda: deepseek3("pynative", "PyNativeDeepseekV3ForCausalLM"),
+        "deepseek3_mcore.2.1.0.predict": lambda: deepseek3("infer", "InferenceDeepseekV3ForCausalLM"),
+        "glm4_moe_mcore.2.1.0.predict": lambda: mcore(
             "glm4_moe", "glm4_moe", "Glm4MoeConfig", "InferenceGlm4MoeForCausalLM", "infer", **GLM),
-        "telechat3_moe.2.1.0.graph": lambda: graph_training(
-            "telechat3_moe", "telechat3_moe", "TeleChat3MoeConfig", "TrainingTeleChat3MoeForCausalLM",
-            **DEEPSEEK | GROUPED),
     },
 }  # fmt: skip
 

@@ -37,18 +37,44 @@ DEEPSEEK = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
             "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "vocab_size": 128,
             "q_lora_rank": 24, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "v_head_dim": 16,
             "qk_nope_head_dim": 12}  # fmt: skip
+MIXTRAL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+           "intermediate_size": 28, "num_local_experts": 3, "num_experts_per_tok": 2, "vocab_size": 40}  # fmt: skip
+SHARING = MIXTRAL | {"moe_intermediate_size": 28, "shared_expert_intermediate_size": 56, "num_experts": 3}
+OLD = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+       "intermediate_size": 28, "moe_intermediate_size": 10, "n_routed_experts": 4, "n_shared_experts": 2,
+       "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "vocab_size": 40,
+       "q_lora_rank": 12, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8,
+       "qk_nope_head_dim": 6}  # fmt: skip
+GLM = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+       "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 4, "n_shared_experts": 1,
+       "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "vocab_size": 128,
+       "use_qk_norm": True, "attention_bias": True}  # fmt: skip
 GRAPH = {"qkv": "grouped", "fc1": "interleaved", "experts": "flat", "expert_bias": "router"}
 PYNATIVE = GRAPH | {"experts": "stacked", "expert_bias": "layer"}
 PREDICT = {"qkv": "contiguous", "fc1": "contiguous", "experts": "stacked", "expert_bias": "router"}
+BATCHED, GROUPED = {"experts": "batched"}, {"experts": "grouped"}
+DISK = {"hf_experts": "disk"}
 
 CASES = [
-    Case("qwen3_moe", "Qwen3MoeForCausalLM", QWEN, {
-        "qwen3_moe.2.1.0.graph": GRAPH, "qwen3_moe.2.1.0.predict": PREDICT}, {"hf_experts": "disk"}),
-    Case("deepseek3", "DeepseekV3ForCausalLM", DEEPSEEK, {
-        "deepseek3.2.1.0.graph": GRAPH | {"mla": "split"}, "deepseek3.2.1.0.graph_concat": GRAPH | {"mla": "concat"},
-        "deepseek3.2.1.0.pynative": PYNATIVE | {"mla": "concat"},
-        "deepseek3.2.1.0.predict": PREDICT | {"mla": "predict"}}, {"hf_experts": "disk"}),
+    Case("qwen3_moe_mcore", "Qwen3MoeForCausalLM", QWEN, {
+        "qwen3_moe_mcore.2.1.0.graph": GRAPH, "qwen3_moe_mcore.2.1.0.predict": PREDICT}, DISK),
+    Case("deepseek3_mcore", "DeepseekV3ForCausalLM", DEEPSEEK, {
+        "deepseek3_mcore.2.1.0.graph": GRAPH | {"mla": "split"},
+        "deepseek3_mcore.2.1.0.graph_concat": GRAPH | {"mla": "concat"},
+        "deepseek3_mcore.2.1.0.pynative": PYNATIVE | {"mla": "concat"},
+        "deepseek3_mcore.2.1.0.predict": PREDICT | {"mla": "predict"}}, DISK),
+    Case("glm4_moe_mcore", "Glm4MoeForCausalLM", GLM, {"glm4_moe_mcore.2.1.0.predict": {}}, DISK),
+    Case("mixtral", "MixtralForCausalLM", MIXTRAL, {
+        "mixtral.1.5.0.batched": BATCHED, "mixtral.1.5.0.grouped": GROUPED,
+        "mixtral.1.5.0.predict": {"experts": "transposed"}}, DISK),
+    Case("qwen2_moe", "Qwen2MoeForCausalLM", SHARING, {
+        "qwen2_moe.1.5.0.batched": BATCHED, "qwen2_moe.1.5.0.grouped": GROUPED,
+        "qwen2_moe.1.5.0.predict_concat": {"experts": "transposed", "qkv_concat": "grouped"}}, DISK),
+    Case("deepseek3", "DeepseekV3ForCausalLM", OLD, {
+        "deepseek3.1.5.0.batched": BATCHED, "deepseek3.1.5.0.grouped": GROUPED}, DISK),
 ]  # fmt: skip
+FURTHER = ("deepseek3", "deepseek3_mcore")
+COUNTERS = ("fi_accu", "expert_load", "tokens_per_expert", "key_cache", "value_cache")
 TABLES = {case.table: load_family(case.table) for case in CASES}
 
 
@@ -98,7 +124,7 @@ def further(shapes: Shapes, config: Mapping[str, object]) -> Shapes:
 def models() -> Iterator[object]:
     for case in CASES:
         yield pytest.param(case, False, id=str(case))
-        if case.table == "deepseek3":
+        if case.table in FURTHER:
             yield pytest.param(case, True, id=f"{case}-further")
 
 
@@ -121,7 +147,7 @@ def layouts(case: Case, more: bool) -> Iterator[dict[str, str]]:
 
 def every_layout() -> Iterator[object]:
     for case in CASES:
-        for more in (False, True) if case.table == "deepseek3" else (False,):
+        for more in (False, True) if case.table in FURTHER else (False,):
             for layout in layouts(case, more):
                 said = "-".join(f"{key}={choice}" for key, choice in layout.items())
                 yield pytest.param(case, more, layout, id=f"{case}{'-further' * more}-{said}")
@@ -144,7 +170,8 @@ def test_every_parameter_on_the_disk_is_known(case: Case, more: bool) -> None:
     assert config["model_type"] in table.model_types
     gone = {name: shape for name, shape in shapes.items() if ".experts.2." not in name}
     missing = check_complete(table, gone, side="hf", sizes=sizes, layout=next(layouts(case, more))).missing
-    assert {name for name in set(shapes) - set(gone) if "layers.3" not in name} == set(missing)
+    last = f"layers.{config['num_hidden_layers']}."
+    assert {name for name in set(shapes) - set(gone) if last not in name} == set(missing)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -166,23 +193,23 @@ def test_a_converted_model_has_the_parameters_of_the_network(
     store: Store, case: Case, name: str, layout: dict[str, str]
 ) -> None:
     network = shapes_of(written(name))
-    more = any(key.startswith("mtp.") for key in network)
-    table, shapes, _, sizes = of(case, more)
+    more = any("mtp" in key for key in network)
+    table, shapes, config, sizes = of(case, more)
     there = map_adapter(table, model(store, shapes), to="ms", sizes=sizes, layout=layout)
-    counted = {key for key in network if key.endswith(("fi_accu", "expert_load", "tokens_per_expert"))}
+    counted = {key for key in network if key.endswith(COUNTERS)}
     made: Shapes = {extra.name: extra.value.shape for extra in there.extras}
     assert made == {key: shape for key, shape in network.items() if key not in counted}
-    told = {key: choice for key, choice in layout.items() if key in ("qkv", "fc1")}
-    back = map_adapter(table, model(Store(), network), to="hf", sizes=sizes,
-                       layout=told | ({"mla": layout["mla"]} if layout.get("mla") == "predict" else {}))  # fmt: skip
+    told = {key: choice for key, choice in layout.items() if key in ("qkv", "fc1", "qkv_concat")}
+    told |= {"experts": layout["experts"]} if layout.get("experts") in ("batched", "transposed") else {}
+    back = map_adapter(table, model(Store(), network), to="hf", sizes=sizes, layout=told)
     dropped = {key for key, _ in there.left_out}
     assert {extra.name: extra.value.shape for extra in back.extras} == {
         key: shape for key, shape in shapes.items() if key not in dropped
     }
     assert {key for key, _ in back.left_out} == counted
-    assert dropped == (
-        {"model.layers.3.embed_tokens.weight", "model.layers.3.shared_head.head.weight"} if more else set()
-    )
+    last = config["num_hidden_layers"]
+    own = ("embed_tokens.weight", "shared_head.head.weight")
+    assert dropped == ({f"model.layers.{last}.{key}" for key in own} if more else set())
     checks = dict(tied_checks(table, shapes, side="hf", layout=layout))
     assert set(checks) == dropped
 
