@@ -3,7 +3,7 @@
 The merged number is the sum of weight, delta and the delta's residue, rounded once. Nearly always its approximation in
 float32 is so far from the middle between two bfloat16 numbers that it rounds to the same: a bound on what the
 approximation is off by tells where. The few elements that are left are formed in float64, and the very few where the
-residue can still decide, with the residue. The result therefore depends on no threshold in this file; the time does.
+residue can still decide, with the residue. The result therefore depends on no constant in this file; the time does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ..dtypes import BY_NAME
 from .deltas import Delta, Indices, Matrix
-from .floats import Bits, Mask, encode, rounded
+from .floats import Bits, Mask, arithmetic, encode, rounded
 
 Words = npt.NDArray[np.uint16]
 Singles = npt.NDArray[np.float32]
@@ -28,6 +28,8 @@ BFLOAT16 = BY_NAME["bfloat16"]
 HALF = 0x8000
 """Half a place of bfloat16, in last places of float32."""
 INFINITE = 0x7F80
+USUAL = 8
+"""Numbers more than so many times as large as the weights on average are formed exactly: the others' bound is tight."""
 _BIAS, _PLACES = 127, 8
 """A number of biased exponent E is at most 2 ** (E - 127 - 8) from the nearest bfloat16."""
 _LEAST = 2.0**-125
@@ -51,7 +53,7 @@ class Room(threading.local):
         self.sums = np.empty(size)
         self.singles = np.empty(size, np.float32)
         self.wide = np.empty(size, np.uint32)
-        self.tail = np.empty(size, np.uint16)
+        self.narrow = np.empty(size, np.uint16)
         self.hard = np.empty(size, bool)
         self.mark = np.empty(size, bool)
 
@@ -77,7 +79,7 @@ class Narrowing:
         doubt = math.fsum(delta.doubt for delta in deltas)
         bound = math.fsum(delta.bound for delta in deltas) + doubt
         self._doubt = doubt * _SLACK if bound < _LARGEST else math.inf
-        self._near, self._small = _thresholds(self._doubt + bound * 2.0**-24 * _SLACK + 2.0**-148, weight)
+        self._margin, self._high = _margin(self._doubt + bound * 2.0**-24 + 2.0**-148, bound, weight)
         self._places: list[Indices] = []
         self._numbers: list[Matrix] = []
         self._pending = self._settled = 0
@@ -107,41 +109,48 @@ class Narrowing:
     def _round(self, low: int, high: int) -> Indices:
         """Round the block's singles into place; return the places where the result is open.
 
-        Adding half a place and ``near`` more to the bits carries into the upper half exactly where the number, and
-        all that are less than ``near`` last places away, round up; where some of those round otherwise, the lower half
-        shows it. Numbers so small that the bound is more than ``near`` of their last places are open too.
+        The exact sums lie between the singles less and the singles plus the margin. Middles between two bfloat16
+        numbers, and these numbers, are those whose 15 last bits are zero: where the 17 first bits of both ends are the
+        same, neither is in between.
         """
         into = self._out[low:high].reshape(-1)
         room, size = self._room, into.size
-        singles, wide, tail = room.singles[:size], room.wide[:size], room.tail[:size]
-        hard, mark = room.hard[:size], room.mark[:size]
-        np.add(singles.view(np.uint32), np.uint32(HALF + self._near), out=wide)
-        np.copyto(tail, wide, casting="unsafe")
-        np.less_equal(tail, np.uint16(2 * self._near), out=hard)
+        singles, wide, hard = room.singles[:size], room.wide[:size], room.hard[:size]
+        bits = singles.view(np.uint32)
+        np.subtract(singles, self._margin, out=wide.view(np.float32))
+        np.add(singles, self._margin, out=singles)
+        np.bitwise_xor(wide, bits, out=wide)
+        np.greater_equal(wide, np.uint32(HALF), out=hard)
+        np.add(bits, np.uint32(HALF), out=wide)
         np.right_shift(wide, 16, out=into, casting="unsafe")
-        np.left_shift(into, 1, out=tail)
-        np.less_equal(tail, np.uint16(self._small), out=mark)
-        np.logical_or(hard, mark, out=hard)
-        top = int(tail.max())
-        if top >= INFINITE << 1:
+        top = max(int(into.view(np.int16).max()), int(into.max()) & 0x7FFF)
+        if top > self._high:
+            hard |= self._magnitudes(into) > self._high << 1
+        if top >= INFINITE:
             self._wild = True
         else:
-            self._measure(singles, into, tail, mark, top)
-        return np.flatnonzero(hard)
+            self._measure(singles, into, top)
+        places = np.flatnonzero(hard)
+        np.not_equal(self._weight[low:high].reshape(-1), into, out=hard)
+        self.changed += int(np.count_nonzero(hard))
+        return places
 
-    def _measure(self, singles: Singles, into: Words, magnitudes: Words, mark: Mask, top: int) -> None:
+    def _magnitudes(self, into: Words) -> Words:
+        """Return bits without their signs, shifted to the top."""
+        return np.left_shift(into, 1, out=self._room.narrow[: into.size])
+
+    def _measure(self, singles: Singles, into: Words, top: int) -> None:
         """Find the largest rounding error, looking only where it can be larger than the largest so far.
 
-        ``magnitudes``: the results without their signs, shifted to the top; ``top``: the largest of them.
+        ``top``: the bits of the largest result.
         """
-        bound = math.ldexp(1.0, max(top >> 8, 1) - _BIAS - _PLACES)
+        bound = math.ldexp(1.0, max(top >> 7, 1) - _BIAS - _PLACES)
         if bound <= self.error * (1 + 2.0**-7):  # near enough: reports show two digits
             return
         if self.error == 0.0:
             self.error = min(bound, _largest(singles[: 1 << 14], into[: 1 << 14]))
         least = math.frexp(self.error)[1] + _BIAS + _PLACES if self.error else 0
-        np.greater_equal(magnitudes, np.uint16(max(least, 0) << 8), out=mark)
-        where = np.flatnonzero(mark)
+        where = np.flatnonzero(self._magnitudes(into) >= max(least, 0) << 8)
         self.error = max(self.error, min(bound, _largest(singles[where], into[where])))
 
     def _defer(self, low: int, high: int, places: Indices, exact: Matrix) -> None:
@@ -160,18 +169,18 @@ class Narrowing:
             bits, unsure = decided(exact, self._doubt)
             again = np.flatnonzero(unsure)
             bits[again] = encode(rounded(self._finer(exact[again], places[again]), BFLOAT16), BFLOAT16)
-            self._out.reshape(-1)[places] = bits
+            self._replace(places, bits)
             self._wild |= bool(((bits & 0x7FFF) >= INFINITE).any())
-        self._places, self._numbers, self._pending = [], [], 0
-        step = max(1, self._room.size // max(1, self._weight.shape[1]))
-        for low in range(self._settled, high, step):
-            given, into = (bits[low : min(low + step, high)].reshape(-1) for bits in (self._weight, self._out))
-            if self._wild:
-                self._repair(given, into)
-            mark = self._room.mark[: given.size]
-            np.not_equal(given, into, out=mark)
-            self.changed += int(np.count_nonzero(mark))
+            self._places, self._numbers, self._pending = [], [], 0
+        if self._wild:
+            self._repair(self._settled, high)
         self._settled, self._wild = high, False
+
+    def _replace(self, places: Indices, bits: Words) -> None:
+        """Put bits into single places, and correct the count of changes."""
+        given, into = self._weight.reshape(-1)[places], self._out.reshape(-1)
+        self.changed += int(np.count_nonzero(bits != given) - np.count_nonzero(into[places] != given))
+        into[places] = bits
 
     def _finer(self, sums: Matrix, places: Indices) -> Matrix:
         """Add the deltas' residues to single sums."""
@@ -180,32 +189,31 @@ class Narrowing:
             sums = sums + delta.residue(rows + self._start, columns)
         return sums
 
-    def _repair(self, given: Words, into: Words) -> None:
+    def _repair(self, low: int, high: int) -> None:
         """Give numbers that were not finite before their bits back, and count those that have become so."""
-        odd = (given & 0x7FFF) >= INFINITE
-        into[odd] = given[odd]
-        self.odd += int(np.count_nonzero(odd))
-        self.broken += int(np.count_nonzero((into & 0x7FFF) >= INFINITE) - np.count_nonzero(odd))
+        for row in range(low, high):
+            given = self._weight[row]
+            odd = np.flatnonzero((given & 0x7FFF) >= INFINITE)
+            self._replace(odd + row * given.size, given[odd])
+            self.odd += odd.size
+            self.broken += int(np.count_nonzero((self._out[row] & 0x7FFF) >= INFINITE)) - odd.size
 
 
-def _thresholds(bound: float, weight: Bits) -> tuple[int, int]:
-    """Return how many last places count as near, and the magnitude (shifted to the top) up to which numbers are small.
+def _margin(bound: float, delta: float, weight: Bits) -> tuple[np.float32, int]:
+    """Return how far from their float32 sums exact ones can be, and the bits of the largest sum for which this holds.
 
-    ``bound``: what float32 sums are off by, apart from their own rounding, which is half a last place. A number is
-    small where the bound is more than ``near - 1`` of its last places. Few should be near and few small: the usual
-    size of the weights, by a sample, balances them. Any choice gives the same result.
+    ``bound``: what sums are off by, apart from their own rounding, which is half a last place; adding the margin is
+    rounded too. ``delta``: the largest delta. Any choice of the largest sum gives the same result.
     """
     flat = weight.reshape(-1)
     sample = np.abs(widened(flat[:: max(1, flat.size // 4096)]))
-    usual = float(np.mean(sample[np.isfinite(sample)], dtype=np.float64)) if np.isfinite(sample).any() else 0.0
-    near = 64
-    if usual and math.isfinite(bound):
-        near = min(4096, max(4, math.isqrt(int(min(1e9, 0.65 * HALF * bound * 2.0**24 / usual)))))
-    small = min(bound * 2.0**24 / (near - 1) * _SLACK, 3e38)
+    finite = sample[np.isfinite(sample)]
+    usual = float(np.mean(finite, dtype=np.float64)) if finite.size else 0.0
     if not math.isfinite(bound):
-        return near, 0xFFFF
-    upper = int(np.array(small, np.float32).view(np.uint32)) >> 16
-    return near, min((upper + 1) << 1, 0xFFFF)
+        return np.float32(np.inf), 0
+    largest = np.array(min(max(USUAL * usual, 2 * delta), _LARGEST), np.float32)
+    margin = np.float32((bound + float(largest) * 2.0**-23 * (1 + 2.0**-5)) * _SLACK)
+    return np.nextafter(margin, np.float32(np.inf)), int(largest.view(np.uint32)) >> 16
 
 
 def decided(numbers: Matrix, doubt: float) -> tuple[Words, Mask]:
@@ -231,11 +239,10 @@ def decided(numbers: Matrix, doubt: float) -> tuple[Words, Mask]:
 
 
 def widened(bits: Bits, out: npt.NDArray[np.uint32] | None = None) -> Singles:
-    """Return bfloat16 numbers as float32, whose upper half they are."""
-    wide = np.empty(bits.shape, np.uint32) if out is None else out
-    np.copyto(wide, bits)
-    np.left_shift(wide, 16, out=wide)
-    return wide.view(np.float32)
+    """Return bfloat16 numbers as float32."""
+    wide: Singles = np.empty(bits.shape, np.float32) if out is None else out.view(np.float32)
+    np.copyto(wide, bits.view(arithmetic(BFLOAT16)), casting="unsafe")
+    return wide
 
 
 def squares(numbers: Singles) -> float:
