@@ -19,9 +19,12 @@ from . import pet_configs, read_facts, single_device
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
 ADAPTER_STEM = "adapter_model"
-STEMS = {"diffusers": "pytorch_lora_weights", "mindone": "pytorch_lora_weights", "mlx": "adapters"}
+STEMS = {
+    "diffusers": "pytorch_lora_weights", "mindone": "pytorch_lora_weights", "mlx": "adapters",
+    "adapterhub": "pytorch_adapter",
+}  # fmt: skip
 """Dialects whose loaders look for another file in a directory."""
-CONTAINERS = {"torchtune": (".pt", "torch"), "gguf": (".gguf", "gguf")}
+CONTAINERS = {"torchtune": (".pt", "torch"), "gguf": (".gguf", "gguf"), "adapterhub": (".bin", "torch")}
 """Dialects whose loaders look for another container in a directory."""
 MAX_CONFIG_BYTES = 16 << 20
 SAFETENSORS_DIALECTS = ("pynative", "mindone", "mindone-peft")
@@ -118,7 +121,7 @@ def weights_path(path: Path) -> Path:
         return path
     if (path / pet_configs.SERVED).is_file() and not (path / ADAPTER_CONFIG).is_file():
         path = pet_configs.served_adapter(path, read_json(path / pet_configs.SERVED))
-    stems = (ADAPTER_STEM, *dict.fromkeys(STEMS.values()))
+    stems = (ADAPTER_STEM, "adapter", *dict.fromkeys(STEMS.values()))
     held = [p for stem in stems for p in sorted(path.glob(f"{stem}.*")) if p.is_file() and p.suffix != ".json"]
     if len(held) > 1:
         raise InputError(

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from ..errors import UsageError
 from .adapter import Content, Dialect
+from .adapterhub import AdapterHub
 from .diffusers import MINDONE, Diffusers
 from .gguf import Gguf
 from .kohya import Kohya
@@ -31,7 +32,7 @@ DIALECTS: tuple[Dialect, ...] = (
     Peft(), Loralib(), LoralibMs(), Mindpet(), TK, Mcore(), Pynative(), Slora(), Mindnlp(), Mindnlp("mindnlp-0.2"),
     Kohya(), Diffusers(), MINDONE, LAYERS, GM, Vllm(), Vllm("vllm-mindspore"), Mlx(), Msbnb(),
     MindonePeft(),
-    Torchtune(), Gguf(),
+    Torchtune(), Gguf(), AdapterHub(),
 )  # fmt: skip
 
 PIPELINES = frozenset({"diffusers", "mindone"})
@@ -40,7 +41,9 @@ PIPELINES = frozenset({"diffusers", "mindone"})
 SURE = PIPELINES | {"mindone-gm", "mindone-peft"}
 """Dialects that share their factors' last names with others and claim a file by the paths before them."""
 
-CONFIGURED = frozenset({"peft", "mindone-peft", "mindnlp", "mindnlp-0.2", "vllm", "vllm-mindspore", "mlx", "torchtune"})
+CONFIGURED = frozenset({
+    "peft", "mindone-peft", "mindnlp", "mindnlp-0.2", "vllm", "vllm-mindspore", "mlx", "torchtune", "adapterhub",
+})  # fmt: skip
 """Dialects whose files mean nothing without the adapter_config.json that lies beside them in a directory."""
 
 NAMES = {"mindnlp": "hf", "mindnlp-0.2": "hf", "msbnb": "hf", "torchtune": "torchtune", "gguf": "gguf"}

@@ -60,6 +60,7 @@ def bare_names(content: Content) -> str | None:
     if "lora_E" in last:  # AdaLoRA, whose A and B are bare too
         return None
     found = [name for name in content.specs if name.rpartition(".")[2] in ("lora_A", "in_proj_lora_A")]
+    found = [name for name in found if ".loras." not in name]  # AdapterHub's
     return f"{counted(len(found), 'bare parameter')} such as {found[0]}" if found else None
 
 
