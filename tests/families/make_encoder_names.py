@@ -48,8 +48,12 @@ Entry = dict[str, object]
 def entry(
     net: object, hf: str, config: str, fields: Mapping[str, object], *, source: str = "",
     layout: Mapping[str, str] | None = None, own: Mapping[str, str] | None = None, tree: bool = False,
+    apart: Mapping[str, str] | None = None,
 ) -> Entry:  # fmt: skip
-    """Describe a network. ``tree``: by its tree's names and not by those that are saved."""
+    """Describe a network.
+
+    ``apart``: parameters of either side that have no rule. ``tree``: by its tree's names, not by those that are saved.
+    """
     if tree:
         parameters = {name: list(p.shape) for name, p in net.parameters_and_names()}  # type: ignore[attr-defined]
     else:
@@ -57,6 +61,7 @@ def entry(
     said: Entry = {"network": type(net).__name__, "hf": hf, "config": config, "fields": dict(fields)}
     said |= {"source": source} if source else {}
     print(f"{type(net).__name__}: {len(parameters)} parameters")
+    said |= {"apart": dict(apart)} if apart else {}
     return {**said, "layout": dict(layout or {}), "own": dict(own or {}), "parameters": parameters}
 
 
@@ -106,6 +111,8 @@ def mindformers() -> dict[str, list[Entry]]:
     blip = {"vision_config": VIT, "qformer_config": texts,
             "num_query_tokens": 5, "image_text_hidden_size": 6}  # fmt: skip
     labels = {"num_labels": 5}
+    norms = {f"vit.{name}": "norms something else" for name in
+             ("layernorm.weight", "layernorm.bias", "fc_norm.gamma", "fc_norm.beta")}  # fmt: skip
     plain, gated = {"feed_forward_proj": "relu"}, {"feed_forward_proj": "gated-gelu"}
     untied = {"tie_word_embeddings": False}
 
@@ -118,12 +125,8 @@ def mindformers() -> dict[str, list[Entry]]:
             entry(mt5, "MT5ForConditionalGeneration", "MT5Config", T5 | BUCKETS | gated | untied, own=crossed("mt5")),
             entry(mt5, "MT5ForConditionalGeneration", "MT5Config", T5 | BUCKETS | gated, own=crossed("mt5")),
         ],
-        "vit": [entry(vit, "ViTForImageClassification", "ViTConfig", VIT | labels)],
-        "vit_timm": [
-            entry(vit, "ViTForImageClassification", "ViTConfig", VIT | labels, source="vit_timm.avg"),
-            entry(vit, "ViTForImageClassification", "ViTConfig", VIT | labels, source="vit_timm.token",
-                  layout={"norm": "norm"}),
-        ],
+        "vit": [entry(vit, "ViTForImageClassification", "ViTConfig", VIT | labels, apart=norms)],
+        "vit_timm": [entry(vit, "ViTForImageClassification", "ViTConfig", VIT | labels, source="vit_timm.avg")],
         "mae": [entry(mae, "ViTMAEForPreTraining", "ViTMAEConfig", VIT | DECODER)],
         "mae_facebook": [entry(mae, "ViTMAEForPreTraining", "ViTMAEConfig", VIT | DECODER, source="mae_facebook")],
         "swin": [entry(swin, "SwinForImageClassification", "SwinConfig", SWIN, own=windows)],

@@ -22,7 +22,8 @@ class Network:
     ``parameters``: as the project names them. ``hf``: a class of transformers, built from ``config`` and ``fields``;
     for models that transformers does not have, ``names`` are its parameters as written down in sources/. ``layout``:
     choices that the network makes, and which of transformers' names are meant. ``own``: parameters of the network that
-    the class of transformers is without; ``lacking``: the other way round. Each has its reason.
+    the class of transformers is without; ``lacking``: the other way round; ``apart``: parameters of either that have no
+    rule and are left out here. Each has its reason.
     """
 
     family: str
@@ -36,6 +37,7 @@ class Network:
     own: Mapping[str, str]
     lacking: Mapping[str, str]
     names: Shapes
+    apart: Mapping[str, str]
 
     def __str__(self) -> str:
         tied = "-tied" if self.fields.get("tie_word_embeddings") is True else ""
@@ -46,7 +48,8 @@ class Network:
         """Return the parameters of the torch side as they lie on disk, and its config.json."""
         if self.names:
             return self.names, saved(self.config, json.dumps(dict(self.fields)), self.hf, "memory")[1]
-        return saved(self.config, json.dumps(dict(self.fields)), self.hf, self.layout.get("hf_names", "disk"))
+        shapes, config = saved(self.config, json.dumps(dict(self.fields)), self.hf, self.layout.get("hf_names", "disk"))
+        return {name: shape for name, shape in shapes.items() if name not in self.apart}, config
 
 
 @lru_cache(maxsize=128)
@@ -84,10 +87,11 @@ def read() -> Iterator[Network]:
         for entry, names in product(said["networks"], HF_NAMES.get(family, ("",))):
             layout = entry.get("layout", {}) | ({"hf_names": names} if names else {})
             source = json.loads((SOURCES / f"{entry['source']}.json").read_text()) if "source" in entry else {}
+            apart = entry.get("apart", {})
+            parameters = {n: s for n, s in _shapes(entry["parameters"]).items() if n not in apart}
             yield Network(
-                family, said["release"], entry["network"], entry["hf"], entry["config"], entry["fields"],
-                _shapes(entry["parameters"]), layout, entry.get("own", {}), entry.get("lacking", {}),
-                _shapes(source.get("parameters", {})),
+                family, said["release"], entry["network"], entry["hf"], entry["config"], entry["fields"], parameters,
+                layout, entry.get("own", {}), entry.get("lacking", {}), _shapes(source.get("parameters", {})), apart,
             )  # fmt: skip
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lorabridge import axes
+from lorabridge.errors import MappingError
 from lorabridge.families.tables import (
     Table,
     check_complete,
@@ -16,7 +19,7 @@ from lorabridge.families.tables import (
 )
 
 from .conftest import Store, model, reread
-from .networks import NETWORKS, Network, Shapes
+from .networks import NETWORKS, SOURCES, Network, Shapes
 from .square import KINDS, square
 
 CASES = [pytest.param(network, id=str(network)) for network in NETWORKS]
@@ -106,3 +109,13 @@ def test_a_model_is_known_by_its_names_and_its_config(network: Network) -> None:
     assert detect_family(tables, shapes, "hf") == [network.family]
     assert detect_family(tables, network.parameters, "ms") == [network.family]
     assert config["model_type"] in table.model_types
+
+
+def test_a_norm_that_the_other_network_does_not_have_is_refused(store: Store) -> None:
+    """transformers norms before it takes the class token, MindFormers after it has taken the mean."""
+    with pytest.raises(MappingError) as error:
+        map_adapter(load_family("vit"), model(store, {"vit.layernorm.weight": (8,)}), to="ms")
+    assert error.value.where[0].startswith("vit.layernorm.weight: no rule in vit.toml")
+    token = json.loads((SOURCES / "vit_timm.token.json").read_text())["parameters"]
+    shapes = {name: tuple(shape) for name, shape in token.items()}
+    assert check_complete(load_family("vit_timm"), shapes, side="hf").unexpected == ("norm.bias", "norm.weight")
