@@ -29,3 +29,16 @@ def test_every_link_of_the_docs_leads_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "mappings" / "README.md"]:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_page_on_the_api_names_what_there_is() -> None:
+    import re
+
+    import lorabridge
+
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    named = set(re.findall(r"^\| `(\w+)\(", text, re.MULTILINE)) | set(re.findall(r"`(\w+Options)`", text))
+    assert named <= set(lorabridge.__all__)
+    assert {name for name in lorabridge.__all__ if name.islower() or name.endswith("Options")} <= named
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(code, "docs/api.md", "exec")

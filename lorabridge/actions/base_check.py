@@ -28,6 +28,8 @@ from ..merging.planning import Merged
 from .merge_inputs import BASE, MergeOptions, Opened
 from .model_output import renamed
 
+UNMERGED_KEY = "lorabridge.unmerged"
+"""Key of a container's metadata that says that a model is not the base but near to it."""
 MINDFORMERS = "mindformers_adapter_config.json"
 ITERATION = "iteration_"
 WEIGHT_FILES = ("config.json", "model.safetensors.index.json", "metadata.json", "common.json")
@@ -64,7 +66,7 @@ def check_bases(given: Opened, base: Adapter, options: MergeOptions) -> tuple[st
     for one in given.adapters:
         mark = base_mark(one.source.metadata, where=str(one.path))
         if mark is not None:
-            found = _compared(mark, given, base, held, options)
+            found = _compared(mark, given, base, held, _told(one, options))
             where += _differences(one, given, found)
             warnings += _unchecked(one, found)
         theirs, problem = _mindformers(one, given)
@@ -74,7 +76,18 @@ def check_bases(given: Opened, base: Adapter, options: MergeOptions) -> tuple[st
     if where and not options.any_base:
         hints["give the base that the adapter was made for; with --any-base the result may be worth nothing"] = None
         raise MappingError("this is not the base that the adapter records", where=where, hint="; ".join(hints))
+    if UNMERGED_KEY in given.base.source.metadata:
+        warnings.append(f"{given.base.path} is the best inverse of a merge, not the base itself")
     return (*warnings, *(f"--any-base: {line}" for line in where))
+
+
+def _told(one: Input, options: MergeOptions) -> MergeOptions:
+    """Take the table that an adapter's manifest names, where none is named."""
+    kept = one.manifest
+    if options.family is not None or kept is None or not kept.describes(one.source.specs):
+        return options
+    layout = {k.removeprefix("layout."): v for k, v in kept.options.items() if k.startswith("layout.")}
+    return replace(options, family=kept.options.get("family"), layout={**layout, **options.layout})
 
 
 def _compared(
@@ -122,12 +135,12 @@ def _unchecked(one: Input, found: Compared) -> list[str]:
     if found.wrong or len(found.comparable) == len(found.mark.weights):
         return []
     if not found.pairs:
-        return [f"{one.path} records its base {found.mark.file} in other names: not compared"]
+        return [f"{one.path} records its base ({found.mark.file}) in other names: not compared"]
     other = next((name for name in found.pairs if name not in found.comparable), "")
     if not other:
         return []  # what the base does not have is for landing to refuse
     then, now = (mark.split(" ")[0] for mark in found.pairs[other])
-    return [f"{one.path} records its base {found.mark.file} in {then}, this one is {now}: not compared"]
+    return [f"{one.path} records its base ({found.mark.file}) in {then}, this one is {now}: not compared"]
 
 
 def _mindformers(one: Input, given: Opened) -> tuple[str, list[str]]:
@@ -212,14 +225,18 @@ def check_not_held(mark: MergedMark, held: MergedMark | None, nodes: Mapping[str
         )  # fmt: skip
 
 
-def check_held(given: Opened, nodes: Mapping[str, Compute], options: MergeOptions) -> tuple[str, ...]:
+def check_held(
+    given: Opened, model: Adapter, nodes: Mapping[str, Compute], options: MergeOptions
+) -> tuple[str, ...]:  # fmt: skip
     """Refuse to take an adapter out of a model whose record does not have it; return warnings.
 
-    ``nodes``: the deltas as they land on the model. Raises MappingError with both digests unless
-    ``options.any_adapter``.
+    ``model``: in its base's names; ``nodes``: the deltas as they land on the model. Raises MappingError with both
+    digests unless ``options.any_adapter``.
     """
     held = merged_mark(given.base.source.metadata, where=str(given.base.path))
-    if held is None or held.side != given.origin.name or not held.weights:
+    if held is None:
+        return _not_merged(given, model, options)
+    if held.side != given.origin.name or not held.weights:
         return ()
     wrong = {name: delta_mark(node, given.joined) for name, node in nodes.items()}
     wrong = {name: mark for name, mark in wrong.items() if mark not in held.weights.get(name, ())[1:]}
@@ -235,6 +252,21 @@ def check_held(given: Opened, nodes: Mapping[str, Compute], options: MergeOption
         "another adapter was merged into this model", where=where,
         hint="give the adapter and the --weights of the merge; with --any-adapter the result may be worth nothing",
     )  # fmt: skip
+
+
+def _not_merged(given: Opened, model: Adapter, options: MergeOptions) -> tuple[str, ...]:
+    """Refuse a model that is an adapter's own base; warn where nothing says that anything was merged."""
+    for one in given.adapters:
+        mark = base_mark(one.source.metadata, where=str(one.path))
+        found = None if mark is None else _compared(mark, given, model, None, _told(one, options))
+        if found is not None and found.comparable and not found.wrong and not options.any_adapter:
+            raise MappingError(
+                "nothing was merged into this model", where=[str(given.base.path), f"it is the base of {one.path}"],
+                hint="name the merged model",
+            )  # fmt: skip
+    if UNMERGED_KEY in given.base.source.metadata:
+        return (f"{given.base.path} says that an adapter was taken out of it already",)
+    return (f"{given.base.path} does not say that an adapter was merged into it: if none was, the result is no base",)
 
 
 def left_over(held: MergedMark | None, nodes: Mapping[str, Compute], given: Opened) -> MergedMark | None:

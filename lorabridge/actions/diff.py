@@ -17,7 +17,7 @@ from ..axes import Expr
 from ..conversion.selection import Selection, select, tensors_of
 from ..dialects.adapter import Adapter, Extra, Facts, LoraModule
 from ..dtypes import DType
-from ..errors import MappingError
+from ..errors import MappingError, UsageError
 from ..names import natural_key
 from ..tensors import Source
 from . import bounds
@@ -77,6 +77,7 @@ def diff(
 
 def _common(one: Side, two: Side, options: DiffOptions) -> tuple[Adapter, Adapter, int]:
     """Return both contents in the second's names, selected, and how many tensors the selection leaves."""
+    _check_kinds(one, two)
     known = [side.kept for side in (two, one) if side.kept is not None]
     kept = next((one for one in known if one.options.get("family", "identity") != "identity"), None)
     way = route(one, two, (), kept, Told(options.family, options.layout, options.mappings))
@@ -85,6 +86,18 @@ def _common(one: Side, two: Side, options: DiffOptions) -> tuple[Adapter, Adapte
     mine, gone = select(carried, wanted)
     theirs, also = select(two.adapter, wanted)
     return mine, theirs, max(len(gone), len(also))
+
+
+def _check_kinds(one: Side, two: Side) -> None:
+    """Refuse an adapter beside a whole model, unless the adapter's file holds base weights too."""
+    if one.is_adapter == two.is_adapter:
+        return
+    adapter, model = (one, two) if one.is_adapter else (two, one)
+    if not any(extra.kind == "base" for extra in adapter.adapter.extras):
+        raise UsageError(
+            f"{adapter.role} is an adapter and {model.role} a whole model", where=[adapter.path, model.path],
+            hint="`lorabridge verify ADAPTER MERGED --base BASE` checks a merge, `lorabridge recover` estimates one",
+        )  # fmt: skip
 
 
 class _Work:

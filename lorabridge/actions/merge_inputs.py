@@ -12,7 +12,7 @@ from ..conversion.forward import dialect_named
 from ..conversion.repository import Input, open_input
 from ..dialects.adapter import Adapter, Dialect, Extra, Facts, LoraModule
 from ..dialects.pairs import EMBEDDING_WEIGHTS
-from ..errors import LorabridgeError, MappingError, UsageError
+from ..errors import LorabridgeError, MappingError, UsageError, counted
 from ..families import tables
 from ..joined import Joined, prefixed
 from ..manifest import Manifest
@@ -70,7 +70,8 @@ def opened(base: Path, adapters: Sequence[Path], options: MergeOptions) -> Itera
     """Open every input and close it at the end; checks what can be known before a dialect is parsed."""
     if options.weights and len(options.weights) != len(adapters):
         raise UsageError(
-            f"{len(options.weights)} weights for {len(adapters)} adapters", hint="give --weights one number per adapter"
+            f"{counted(len(options.weights), 'weight')} for {counted(len(adapters), 'adapter')}",
+            hint="give --weights one number per adapter",
         )
     with ExitStack() as stack:
         given = []
@@ -169,7 +170,7 @@ def _on_side(
         return [adapter]
     if not told:
         raise UsageError(
-            f"the adapter has {dialect.framework} names and the base has not",
+            f"the adapter has {'MindSpore' if dialect.framework == 'mindspore' else 'PyTorch'} names, the base has not",
             where=[adapter.modules[0].path if adapter.modules else given.labels[0]],
             hint="pass --family NAME; `lorabridge tables list` lists the known ones",
         )

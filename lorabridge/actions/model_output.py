@@ -20,6 +20,7 @@ from ..errors import MappingError, OutputError, UsageError
 from ..files.fsio import Staging, require_space
 from ..merging.kernel import Merger
 from ..merging.planning import Merged
+from .inspect import family_candidates
 from .merge_inputs import MergeOptions, Opened
 from .publish import workers
 
@@ -115,6 +116,7 @@ def renamed(given: Opened, merged: Merged, goal: Dialect, options: MergeOptions)
     if goal.framework != given.origin.framework and options.family is None:
         raise UsageError(
             "a full model needs a family table to be renamed",
+            where=f"fitting families: {', '.join(family_candidates(given.base, given.origin)) or 'none'}",
             hint="pass --family NAME, or --family identity to keep every name",
         )
     content = Content(given.joined.specs, {"container": given.base.source.format}, None, Facts(), str(given.base.path))

@@ -135,7 +135,8 @@ def _way(models: Sequence[Side], adapter: Side | None, options: RecoverOptions) 
     """Return the route from the models' names to the adapter's: of a file that no dialect reads only what is named."""
     told = Told(options.family, options.layout, options.mappings)
     if adapter is not None:
-        return route(models[0], adapter, models[1:], adapter.kept, told)
+        other = next((m for m in models if m.dialect.framework != adapter.dialect.framework), models[0])
+        return route(other, adapter, models, adapter.kept, told)
     return named_route(told, next((side.given.model_config for side in models if side.given.model_config), None))
 
 

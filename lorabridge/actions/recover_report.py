@@ -82,9 +82,17 @@ class RecoverReport:
         times = Counter(row.times for row in explained if row.times is not None)
         words = {0: "not merged", 1: "merged once", 2: "merged twice"}
         said = [f"{words[n]}{'' if c == len(explained) else f' ({c} modules)'}" for n, c in sorted(times.items())]
+        if self.exchanged:
+            said.append("with the sign turned: are BASE and MERGED exchanged?")
         worst = max((row.residual for row in explained if row.residual is not None), default=0.0)
         said.append(f"{len(explained)} of {len(self.modules)} modules explained to {worst:.2g} of their change")
         return ", ".join(said)
+
+    @property
+    def exchanged(self) -> bool:
+        """Every module's delta is in the change with its sign turned: as if BASE and MERGED were exchanged."""
+        found = [row.scaling for row in self.modules if row.fits and row.scaling is not None]
+        return bool(found) and all(scaling < 0 for scaling in found)
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the modules as cells."""
@@ -115,6 +123,8 @@ def suggest(rows: Sequence[RecoveredRow]) -> tuple[str, ...]:
     """Return the flags for what is not known, those of most modules first and the exceptions by path."""
     fitting = [row for row in rows if row.fits and row.scaling is not None]
     unstated = [row for row in fitting if row.known is None or row.times is None]
+    if all(row.scaling is not None and row.scaling < 0 for row in unstated):
+        unstated = []  # MERGED is the base: no training states a negative alpha
     flags: list[str] = []
     if unstated:
         rslora = _reads_as_rslora(unstated)

@@ -118,7 +118,7 @@ def way_back(given: Opened, options: MergeOptions, undo: UndoFile | None) -> Way
         left = {str(key): str(text) for key, text in said.items()} if isinstance(said, dict) else {}
     else:
         nodes = nodes_of(landed.model)
-        warnings = check_held(given, nodes, options)
+        warnings = check_held(given, model, nodes, options)
         rest = left_over(held, nodes, given)
         left = {} if rest is None else {MERGED_KEY: rest.as_text()}
         restored = best_inverse(model, landed, leave=options.leave)

@@ -10,12 +10,10 @@ from pathlib import Path
 from ..merging.identity import MERGED_KEY
 from ..merging.unmerge_kernel import Unmerger
 from . import merge_inputs, restoring
+from .base_check import UNMERGED_KEY
 from .merge_inputs import MergeOptions
 from .model_output import Progress, write
 from .restoring import GuessRow, Way
-
-UNMERGED_KEY = "lorabridge.unmerged"
-"""Key of a container's metadata that says that a model is not the base but near to it."""
 
 
 @dataclass(frozen=True, slots=True)

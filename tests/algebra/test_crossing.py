@@ -144,3 +144,20 @@ def test_recover_across_frameworks(files: dict[str, Path], models: str, adapter:
     found = recover(files[f"base{models}"], files[f"tuned{models}"], files[adapter], options)
     assert found.fits, found.summary()
     assert all(abs(row.scaling - 2.0) < 1e-3 for row in found.modules)
+
+
+def test_recover_says_when_the_models_are_exchanged(files: dict[str, Path]) -> None:
+    found = recover(files["tuned"], files["base"], files["one"])
+    assert found.exchanged
+    assert "exchanged?" in found.summary()
+    assert not any(flag.startswith("--alpha") for flag in found.flags)
+
+
+def test_recover_takes_models_of_both_sides(files: dict[str, Path]) -> None:
+    options = RecoverOptions(config=files["base"] / "config.json")
+    assert recover(files["base"], files["tuned.ckpt"], files["one"], options).fits
+
+
+def test_diff_refuses_an_adapter_beside_a_model(files: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="B is an adapter and A a whole model"):
+        diff(files["base"], files["one"])

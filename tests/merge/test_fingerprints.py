@@ -172,6 +172,29 @@ def test_another_adapter_is_not_taken_out(tmp_path: Path, files: tuple[Path, Pat
     assert any("--any-adapter" in warning for warning in report.warnings)
 
 
+def test_nothing_is_taken_out_of_a_base(tmp_path: Path, files: tuple[Path, Path, Path]) -> None:
+    base, _, adapter = files
+    with pytest.raises(MappingError, match="nothing was merged into this model") as error:
+        unmerge(base, [adapter], tmp_path / "back.safetensors")
+    assert "it is the base of" in error.value.text()
+    report = unmerge(base, [tmp_path / "made"], tmp_path / "near.safetensors")
+    assert any("does not say that an adapter was merged" in warning for warning in report.warnings)
+    again = merge(tmp_path / "near.safetensors", [tmp_path / "made"], tmp_path / "x.safetensors")
+    assert any("best inverse of a merge, not the base itself" in warning for warning in again.warnings)
+
+
+def test_one_adapter_may_be_given_as_it_is(tmp_path: Path, files: tuple[Path, Path, Path]) -> None:
+    import lorabridge
+
+    base, _, adapter = files
+    report = lorabridge.merge(str(base), str(adapter), tmp_path / "m.safetensors", undo=tmp_path / "u")
+    assert report.undo is not None
+    assert report.undo.added == 3
+    lorabridge.switch(tmp_path / "m.safetensors", adapter, tmp_path / "made", tmp_path / "s.safetensors")
+    done = lorabridge.unmerge(tmp_path / "m.safetensors", adapter, tmp_path / "b.safetensors", undo=tmp_path / "u")
+    assert done.exact
+
+
 def test_the_adapter_may_come_in_another_dialect_than_that_of_the_merge(
     tmp_path: Path, files: tuple[Path, Path, Path]
 ) -> None:

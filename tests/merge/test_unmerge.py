@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import DTYPES, adapter, bits, gpt2, plain_adapter, plain_model
 
+from lorabridge.actions.base_check import UNMERGED_KEY
 from lorabridge.actions.merge import merge
 from lorabridge.actions.merge_inputs import MergeOptions
 from lorabridge.actions.undo import UndoSummary, UndoWriter
-from lorabridge.actions.unmerge import UNMERGED_KEY, unmerge
+from lorabridge.actions.unmerge import unmerge
 from lorabridge.errors import DifferentError, InputError, LorabridgeError, MappingError, OutputError
 
 by_type = pytest.mark.parametrize("dtype", DTYPES)
