@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```\n(\$ .*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("verify", "unmerge", "mindformers")))
+NAMES = ("verify", "unmerge", "mindformers", "diffusion")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES))
 NUMBER = r"\d+(?:\.\d+)?(?:e[-+]\d+)?"
 VARYING = re.compile(
     rf"(?<=in )\d+\.\d s\b|(?<=error at most ){NUMBER}|(?<=within ){NUMBER}|(?<=by up to ){NUMBER}"
@@ -28,6 +29,8 @@ def rerun(text: str) -> str:
     """Return the page with every transcript as it is printed now."""
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "examples").symlink_to(ROOT / "examples")
+        (Path(name) / "diffusion").symlink_to(ROOT / "tests" / "dialects" / "diffusers")
+        (Path(name) / "lycoris").symlink_to(ROOT / "tests" / "dialects" / "lycoris")
         (Path(name) / "mindformers").symlink_to(ROOT / "tests" / "dialects" / "mindformers_files")
         return BLOCK.sub(lambda found: f"```\n{_transcript(found[1], name)}\n```", text)
 

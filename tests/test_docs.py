@@ -10,7 +10,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(("page", "commands"), [("README.md", 7), ("docs/verify.md", 4), ("docs/unmerge.md", 5), ("docs/mindformers.md", 4)])
+@pytest.mark.parametrize(
+    ("page", "commands"),
+    [
+        ("README.md", 7),
+        ("docs/verify.md", 4),
+        ("docs/unmerge.md", 5),
+        ("docs/mindformers.md", 4),
+        ("docs/diffusion.md", 8),
+    ],
+)
 def test_transcripts_are_real(page: str, commands: int) -> None:
     spec = importlib.util.spec_from_file_location("transcripts", ROOT / "docs" / "transcripts.py")
     assert spec is not None

@@ -22,10 +22,10 @@ METADATA = "lora_adapter_metadata"
 def write(adapter: Adapter, facts: Facts) -> Written:
     """Return the tensors of all components and, where alpha is not in them, the metadata that states it.
 
-    The fact ``alpha_in`` decides: "weights" multiplies the scaling into B (exact for powers of two, else rounded once
-    to float32 at least, which a note says) and pads ranks that differ, so that readers of every version agree;
-    "config" keeps the factors as they are. Without it the weights are chosen where that changes no rank and rounds
-    nothing. MappingError: modules of no component, and what peft cannot express.
+    The fact ``alpha_in`` decides: "weights" multiplies the scaling into B (by a power of two exactly but for numbers
+    that vanish, else rounded once to float32 at least, which a note says) and pads ranks that differ, so that readers
+    of every version agree; "config" keeps the factors as they are. Without it the weights are chosen where that changes
+    no rank and every scaling is a power of two. MappingError: modules of no component, and what peft cannot express.
     """
     parts = _parts(adapter)
     chosen = facts.get("*", "alpha_in")
@@ -61,7 +61,7 @@ class _Part:
 
     @property
     def foldable(self) -> bool:
-        """All ranks are one and every scaling is a power of two: nothing is rounded, and no reader can misread it."""
+        """All ranks are one and every scaling is a power of two: no digit changes, and no reader can misread it."""
         pairs = [factors.single_pair(module, "peft") for module in self.modules]
         one = len({pair.terms[0].rank for pair in pairs}) <= 1
         return one and all(abs(math.frexp(pair.scaling.value)[0]) == 0.5 for pair in pairs)
@@ -119,8 +119,8 @@ def _folded(modules: Sequence[LoraModule]) -> tuple[list[LoraModule], list[str]]
         bias = None if wide.lora_bias is None else _times(wide.lora_bias, value)
         out.append(replace(wide, terms=(replace(term, b=_times(term.b, value)),), lora_bias=bias))
         if value != 1.0:
-            exact = "exactly" if abs(math.frexp(value)[0]) == 0.5 else "rounded once to float32 or wider"
-            said[f"scaling {value!r} multiplied into B, {exact}"] += 1
+            how = "a power of two" if abs(math.frexp(value)[0]) == 0.5 else "rounded once to float32 or wider"
+            said[f"scaling {value!r} multiplied into B, {how}"] += 1
     return out, [*notes, *(f"{note} ({counted(count, 'module')})" for note, count in said.items())]
 
 

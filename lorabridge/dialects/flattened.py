@@ -200,7 +200,7 @@ def resolve_in(
             near = get_close_matches(name, known, 1, 0.6) if number < SHOWN else []
             rows.append(f"{name} (nearest: {near[0]})" if near else name)
         raise MappingError(
-            f"{counted(len(lost), 'name')} of {len(names)} stands for no module of the base model",
+            f"{len(lost)} of {counted(len(names), 'name')} not found among the modules of the base model",
             where=[*rows, f"in {where}"],
             hint="give the base that the adapter was trained on with --names-of",
         )
@@ -257,7 +257,9 @@ def spell(paths: Mapping[str, Axes], only: str | None) -> Spelling:
     if not whole and only:
         lost = [path for path, said in spelled[only].items() if said is None]
         raise MappingError(
-            f"{counted(len(lost), 'module')} is none of {only}", where=lost, hint="correct --names-of, or leave it out"
+            f"{len(lost)} of {counted(len(paths), 'module')} not found in {only}",
+            where=lost,
+            hint="correct --names-of, or leave it out",
         )
     if len({tuple(found.items()) for found in whole.values()}) > 1:
         raise MappingError(
@@ -358,7 +360,7 @@ def _unknown(found: Mapping[str, Mapping[str, set[Place]]], names: Mapping[str, 
         rows.append(f"{name}{misfit}")
     known = ", ".join(found)
     return MappingError(
-        f"{counted(len(lost), 'name')} of {len(names)} stands for no module of {best}"
+        f"{len(lost)} of {counted(len(names), 'name')} not found among the modules of {best}"
         + (f" (known pipelines: {known})" if len(found) > 1 else ""),
         where=[*rows, *([f"in {where}"] if where else [])],
         hint="give the base model's files with --names-of PATH, whose names decide",

@@ -165,6 +165,22 @@ def fused() -> dict[str, list[tuple[str, int, int]]]:
     return {flat: sorted(rows, key=lambda row: row[1]) for flat, rows in found.items()}
 
 
+def part_of_xl() -> dict[str, torch.Tensor]:
+    """Make four modules of an SDXL adapter as sd-scripts saves it, for the transcripts of docs/diffusion.md."""
+    g = torch.Generator().manual_seed(3)
+    out = {}
+    for name, shape, rank, alpha in (
+        ("lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k", (640, 2048), 2, 1.0),
+        ("lora_unet_middle_block_1_proj_in", (1280, 1280), 2, 1.0),
+        ("lora_te1_text_model_encoder_layers_11_mlp_fc1", (3072, 768), 2, 1.0),
+        ("lora_te2_text_model_encoder_layers_31_self_attn_q_proj", (1280, 1280), 3, 1.0),
+    ):
+        out[f"{name}.lora_down.weight"] = (torch.randn(rank, shape[1], generator=g) / 8).half()
+        out[f"{name}.lora_up.weight"] = (torch.randn(shape[0], rank, generator=g) / 8).half()
+        out[f"{name}.alpha"] = torch.tensor(alpha).half()
+    return out
+
+
 def main() -> None:
     """Write the judged files' inputs and the verdicts."""
     import diffusers
@@ -172,6 +188,7 @@ def main() -> None:
     import transformers
 
     FOLDER.mkdir(exist_ok=True)
+    save_file(part_of_xl(), FOLDER / "sdxl.safetensors", {"ss_network_module": "networks.lora", "ss_network_dim": "2"})
     base = {n: list(t.shape) for n, t in tiny().state_dict().items()}
     (FOLDER / "tiny_names.json").write_text(json.dumps(base, indent=0) + "\n")
     verdict: dict[str, object] = {

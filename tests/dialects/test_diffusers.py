@@ -152,7 +152,7 @@ def test_alpha_in_the_weights_is_exact_for_powers_of_two_and_said_otherwise(tmp_
     save_file(tensors, tmp_path / "in.safetensors", metadata)
     options = ConvertOptions(target_dialect="diffusers", facts=stated(alpha_in="weights"))
     done = convert(tmp_path / "in.safetensors", tmp_path / "out", options)
-    assert "scaling 2.0 multiplied into B, exactly (1 module)" in done.notes
+    assert "scaling 2.0 multiplied into B, a power of two (1 module)" in done.notes
     assert "scaling 1.5 multiplied into B, rounded once to float32 or wider (1 module)" in done.notes
     found = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert torch.equal(found[f"unet.{Q}.to_q.lora_B.weight"], tensors[f"unet.{Q}.to_q.lora_B.weight"] * 2)
@@ -231,7 +231,7 @@ def test_dora_s_magnitude_goes_there_and_back(tmp_path: Path) -> None:
     tensors[f"unet.{Q}.to_q.lora_magnitude_vector"] = torch.rand(6)
     save_file(tensors, tmp_path / "in.safetensors")
     facts = stated(names_of="sd15")
-    with pytest.raises(MappingError, match="1 module is none of sd15"):
+    with pytest.raises(MappingError, match="1 of 1 module not found in sd15"):
         convert(
             tmp_path / "in.safetensors", tmp_path / "k.safetensors", ConvertOptions(target_dialect="kohya", facts=facts)
         )

@@ -169,7 +169,7 @@ def test_metadata_says_what_sd_scripts_would(tmp_path: Path) -> None:
 
 def test_unknown_names_are_listed_and_the_base_is_asked_for(tmp_path: Path) -> None:
     tensors = {**SD15, **lora("lora_unet_strange_block_0_to_q", 4, 4, 2, 1.0)}
-    with pytest.raises(MappingError, match="1 name of 5 stands for no module of sd15") as caught:
+    with pytest.raises(MappingError, match="1 of 5 names not found among the modules of sd15") as caught:
         converted(tensors, tmp_path)
     assert caught.value.where[0] == "lora_unet_strange_block_0_to_q"
     assert "--names-of PATH" in caught.value.hint

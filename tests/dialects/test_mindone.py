@@ -98,6 +98,6 @@ def test_convolutions_have_no_layer_there(tmp_path: Path) -> None:
     down, up = torch.ones(4, 320, 3, 3), torch.ones(640, 4, 1, 1)
     save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "in.safetensors")
     options = ConvertOptions(target_dialect="mindone-gm", family="sdxl")
-    with pytest.raises(MappingError, match="1 of 1 names do not fit the table sdxl") as caught:
+    with pytest.raises(MappingError, match="mindone-gm has no LoRA for conv2d") as caught:
         convert(tmp_path / "in.safetensors", tmp_path / "o.ckpt", options)
-    assert "unet.down_blocks.1.resnets.0.conv1" in caught.value.where[0]
+    assert caught.value.where == ("model.diffusion_model.input_blocks.4.0.in_layers.2",)
