@@ -50,6 +50,7 @@ def deltas_of(recipe: Recipe, columns: int, operands: Sequence[Matrix]) -> tuple
 
     Updates of different items of a stack do not meet; those of one scaling are one delta.
     """
+    exact = recipe.exact or any(update.magnitude for update in recipe.updates)  # residues cannot be added afterwards
     found: list[Delta] = []
     stacked: list[_Stacked] = []
     last: dict[int, int] = {}
@@ -59,9 +60,7 @@ def deltas_of(recipe: Recipe, columns: int, operands: Sequence[Matrix]) -> tuple
         at += update.operands
         first, rows = update.item or (0, recipe.rows)
         height = columns if recipe.transposed else rows
-        delta = prepare(
-            list(_terms(update, mine)), height, update.scaling, exact=recipe.exact, transposed=recipe.transposed
-        )
+        delta = prepare(list(_terms(update, mine)), height, update.scaling, exact=exact, transposed=recipe.transposed)
         if update.item is None:
             found.append(delta)
             continue
