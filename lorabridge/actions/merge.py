@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..arithmetic import numerics
-from ..axes import Expr, computes, reads
+from ..axes import Expr, computes, read, reads
 from ..conversion import plan
 from ..conversion.forward import Forward
 from ..errors import MappingError
-from ..joined import Joined, prefixed
+from ..joined import prefixed
 from ..merging.identity import MERGED_KEY, base_of, merged_mark
 from ..merging.kernel import Merger, Seen
 from ..merging.planning import Merged
@@ -136,10 +136,10 @@ def _check_ties(given: Opened, made: Forward) -> None:
     """Refuse a target that ties what the merge, or the base itself, does not."""
     values = {extra.name: extra.value for extra in made.adapter.extras}
     written = {name for value in values.values() if computes(value) for name in _reads_weight(value)}
-    apart = []
+    apart, same = [], comparing(given.joined)
     for name, other in made.ties:
         merged = name in written or other in written
-        if merged or not _same_bits(given.joined, name, other):
+        if merged or not same(*(read(given.joined.specs[one]) for one in (name, other))):
             apart.append(f"{name.partition('/')[2]} differs from {other.partition('/')[2]}")
     if apart:
         raise MappingError(
@@ -147,16 +147,6 @@ def _check_ties(given: Opened, made: Forward) -> None:
             where=apart,
             hint="write the names of the base's own framework, whose config can untie them",
         )
-
-
-def _same_bits(source: Joined, name: str, other: str) -> bool:
-    first, second = source.specs[name], source.specs[other]
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    count = first.shape[0]
-    step = max(1, (16 << 20) * count // max(1, first.nbytes))
-    spans = [(i, min(i + step, count)) for i in range(0, count, step)]
-    return all(source.read(name, span).tobytes() == source.read(other, span).tobytes() for span in spans)
 
 
 def _reads_weight(value: Expr) -> list[str]:

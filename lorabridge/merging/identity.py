@@ -1,13 +1,14 @@
 """Which base an adapter belongs to, and what a merge added: fingerprints from samples of the tensors' bits.
 
-They recognise files, they do not prove them: eight rows of each weight are read, so that a model of any size costs
-milliseconds, and a change between these rows stays unseen. An undo file's digests cover every byte.
+They recognise files, they do not prove them: eight rows of each large weight are read, so that a model costs some tens
+of milliseconds, and a change between these rows stays unseen. An undo file's digests cover every byte.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
@@ -16,7 +17,7 @@ import numpy as np
 from .. import __version__
 from ..arithmetic.numerics import Notes, kernels
 from ..arithmetic.recipe import recipe_of
-from ..axes import Compute, Expr, Reshape
+from ..axes import Compute, Expr, Reshape, evaluate
 from ..errors import InputError
 from ..tensors import Source
 from .landing import HEADS, PREFIXES
@@ -29,6 +30,8 @@ MERGED_KEY = "lorabridge.merged"
 """Key of a merged model's container metadata: what was merged into what."""
 ROWS = 8
 """How many rows of a tensor are sampled, the first and the last among them."""
+WHOLE = 256 << 10
+"""Bytes up to which a tensor is read whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +133,13 @@ def delta_mark(node: Compute, source: Source) -> str:
 
 
 def _sample(digest: hashlib._Hash, expr: Expr, source: Source) -> None:
-    count = matrix(expr.shape)[0]
-    for row in dict.fromkeys(i * (count - 1) // (ROWS - 1) for i in range(ROWS if count else 0)):
-        bits = rows(expr, row, row + 1, source, kernels("", Notes(), {}))
-        digest.update(np.ascontiguousarray(bits).tobytes())
+    """Add a small tensor whole, of a larger one some rows."""
+    count, known = matrix(expr.shape)[0], kernels("", Notes(), {})
+    if math.prod(expr.shape) * expr.dtype.itemsize <= WHOLE:
+        digest.update(np.ascontiguousarray(evaluate(expr, source.read, known)).data)
+        return
+    for row in dict.fromkeys(i * (count - 1) // (ROWS - 1) for i in range(ROWS)):
+        digest.update(np.ascontiguousarray(rows(expr, row, row + 1, source, known)).data)
 
 
 def base_of(node: Compute) -> Expr:
