@@ -50,7 +50,7 @@ PATHS: dict[str, dict[str, str]] = {
     "mindone-gm": {"linear": "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"},
 }  # fmt: skip
 """What a module is called where a dialect knows the names of some networks only."""
-TOLD = {"gguf": Facts((Fact("*", "table", "llama_gguf"),)), "kohya": Facts()}
+TOLD = {"gguf": Facts((Fact("*", "table", "llama_gguf"),)), "kohya": Facts((Fact("*", "names_of", "sd15"),))}
 """What a conversion tells a dialect beside the adapter."""
 ABSENT = re.compile(r"has (?:no|neither) |adapts q, k, v|no place in|linear layers only|and nothing beside them")
 """Reasons that say only that the format has no such thing."""
