@@ -15,6 +15,7 @@ from ..conversion.repository import Framework, Input, Output, framework_of, plan
 from ..conversion.selection import Selection
 from ..dialects import PIPELINES
 from ..dialects.adapter import OWN_ALPHA, Dialect, Fact, Facts
+from ..dialects.deltas import COUNTERPARTS
 from ..dialects.mindformers_config import states_alpha
 from ..dtypes import ALIASES, BY_NAME, DType
 from ..errors import InputError, MappingError, OutputError, UsageError
@@ -183,6 +184,8 @@ def _target_dialect(
         return origin
     if origin.name in ("hf", "ms"):
         return dialect_named("ms" if framework == "mindspore" else "hf")
+    if origin.name in COUNTERPARTS:
+        return dialect_named(COUNTERPARTS[origin.name])
     return dialect_named("loralib-ms" if framework == "mindspore" else "peft")
 
 

@@ -31,6 +31,8 @@ FACT_HELP = {
     "as": ("[PATTERN=]lora", "Write other kinds (LoHa, LoKr ...) as LoRA of the rank that it takes."),
     "names_of": ("NAME|PATH", "The model that flattened names belong to: sd15, sdxl ... or files."),
     "alpha_in": ("weights|config", "Where alpha goes: multiplied into B, or into the file's config."),
+    "non_linearity": ("NAME", "The activation of bottleneck adapters, as MindSpore calls it."),
+    "cell": ("PATH", "Where a MindSpore network has its PrefixEncoder or PromptTuning."),
 }
 
 
@@ -63,6 +65,8 @@ class StatedGiven(_AsGiven):
     merged: tuple[str, ...]
     names_of: tuple[str, ...]
     alpha_in: tuple[str, ...]
+    non_linearity: tuple[str, ...]
+    cell: tuple[str, ...]
 
 
 class WrittenGiven(TypedDict):
@@ -92,6 +96,7 @@ def stated(given: StatedGiven) -> Facts:
         "kernel_size": given["kernel_size"], "groups": given["groups"], "out_features": given["out_features"],
         "conv_form": given["conv_form"], "kind": given["kind"], "merged": given["merged"],
         "as": given["as"], "names_of": given["names_of"], "alpha_in": given["alpha_in"],
+        "non_linearity": given["non_linearity"], "cell": given["cell"],
     }  # fmt: skip
     return facts(texts.items())
 

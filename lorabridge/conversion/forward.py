@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .. import dialects
 from ..axes import Expr, cast, reads
-from ..dialects import factors
+from ..dialects import deltas, factors
 from ..dialects.adapter import Adapter, Content, Dialect, Fact, Facts, Json, LoraModule
 from ..dialects.peft_config import unsupported_fields
 from ..dialects.peft_write import of_part
@@ -81,7 +81,7 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
     if unselected:
         adapter = of_part(adapter)
     dropped = list(adapter.left_out)
-    if settings.adapter_only and adapter.modules:
+    if settings.adapter_only and (adapter.modules or deltas.deltas(adapter)):
         base = [extra for extra in adapter.extras if extra.kind == "base"]
         dropped += [(name, "base weight, left out by --adapter-only") for name in tensors_of((), base)]
         adapter = replace(adapter, extras=tuple(e for e in adapter.extras if e.kind != "base"), merged=False)
@@ -107,8 +107,10 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
 
 
 def _check_factors(adapter: Adapter, target: Dialect) -> None:
-    """Refuse to write a plain model as an adapter."""
-    if not adapter.modules and target.name not in ("hf", "ms"):
+    """Refuse to write a plain model as an adapter, and parameters of other algorithms than LoRA as one of LoRA."""
+    if deltas.deltas(adapter) and target.name not in deltas.COUNTERPARTS:
+        deltas.refuse_deltas(adapter, f"become a file of {target.name}")
+    if not adapter.modules and target.name not in ("hf", "ms") and not deltas.deltas(adapter):
         raise MappingError(
             f"the checkpoint holds no LoRA factors that {target.name!r} could hold",
             where=f"{len(adapter.extras)} plain parameters",
@@ -163,7 +165,8 @@ def _map(adapter: Adapter, table: Table, target: Dialect, settings: Settings) ->
     config = settings.model_config
     sizes = tables.sizes_from_config(table, config) if config else None
     to, side = _sides(target)
-    if not adapter.modules and not settings.selection:
+    beside = deltas.deltas(adapter)
+    if not adapter.modules and not beside and not settings.selection and not _only_biases(adapter):
         named = [str(name) for name in config.get("architectures") or ()] if config else []  # type: ignore[union-attr]
         found = tables.check_complete(
             table, {extra.name: extra.value.shape for extra in adapter.extras}, side=side, sizes=sizes,
@@ -175,7 +178,19 @@ def _map(adapter: Adapter, table: Table, target: Dialect, settings: Settings) ->
                 where=found.problems,
                 hint="check --family and --config; select a part of a model with --include or --layers",
             )
-    return tables.map_adapter(table, adapter, to=to, sizes=sizes, layout=settings.layout)
+    if not beside:
+        return tables.map_adapter(table, adapter, to=to, sizes=sizes, layout=settings.layout)
+    from .hosts import map_deltas
+
+    others = replace(adapter, extras=tuple(extra for extra in adapter.extras if extra.kind != "delta"))
+    mapped = tables.map_adapter(table, others, to=to, sizes=sizes, layout=settings.layout)
+    moved = map_deltas(adapter, table, to=to, layout=settings.layout)
+    return replace(mapped, extras=(*mapped.extras, *moved))
+
+
+def _only_biases(adapter: Adapter) -> bool:
+    """Say whether a file holds biases and nothing else, as BitFit trains them: it is no whole model."""
+    return all(extra.parameter in ("bias", "beta") for extra in adapter.extras)
 
 
 def _ties(adapter: Adapter, table: Table, target: Dialect, settings: Settings) -> tuple[tuple[str, str], ...]:

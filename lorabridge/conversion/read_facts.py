@@ -15,8 +15,9 @@ from ..dialects.adapter import Fact, Facts
 from ..errors import InputError
 from ..tensors import Source, TensorSpec
 
-NUMBERS = ("alpha",)
-"""Last components of the tensors of one element that say something about a module: sd-scripts' and LyCORIS' alpha."""
+NUMBERS = ("alpha", "phm_rule")
+"""Last components of the tensors of one element that say something about a module: sd-scripts' and LyCORIS' alpha, and
+Compacter's rule where it is one number."""
 
 # How the names of a whole checkpoint of the original code begin, and the component that lies there.
 _ORIGINAL = {

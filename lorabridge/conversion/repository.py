@@ -21,10 +21,13 @@ MODEL_CONFIG = "config.json"
 ADAPTER_STEM = "adapter_model"
 STEMS = {
     "diffusers": "pytorch_lora_weights", "mindone": "pytorch_lora_weights", "mlx": "adapters",
-    "adapterhub": "pytorch_adapter",
+    "adapterhub": "pytorch_adapter", "adapterhub-bottleneck": "pytorch_adapter",
 }  # fmt: skip
 """Dialects whose loaders look for another file in a directory."""
-CONTAINERS = {"torchtune": (".pt", "torch"), "gguf": (".gguf", "gguf"), "adapterhub": (".bin", "torch")}
+CONTAINERS = {
+    "torchtune": (".pt", "torch"), "gguf": (".gguf", "gguf"), "adapterhub": (".bin", "torch"),
+    "adapterhub-bottleneck": (".bin", "torch"),
+}  # fmt: skip
 """Dialects whose loaders look for another container in a directory."""
 MAX_CONFIG_BYTES = 16 << 20
 SAFETENSORS_DIALECTS = ("pynative", "mindone", "mindone-peft")

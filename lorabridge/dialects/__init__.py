@@ -11,19 +11,23 @@ from dataclasses import replace
 from ..errors import UsageError
 from .adapter import Content, Dialect
 from .adapterhub import AdapterHub
+from .bottlenecks import Bottlenecks
 from .diffusers import MINDONE, Diffusers
 from .gguf import Gguf
 from .kohya import Kohya
 from .loralib import Loralib
 from .loralib_ms import LoralibMs
+from .megatron import Megatron
 from .mindformers import Mcore, Pynative
 from .mindnlp import Mindnlp
 from .mindone import GM, LAYERS
 from .mindone_peft import MindonePeft
 from .mindpet import TK, Mindpet
+from .mindpet_adapters import MindpetAdapters
 from .mlx import Mlx
 from .msbnb import Msbnb
 from .peft import Peft
+from .prompts import MindpetPrompts, PeftPrompts
 from .slora import Slora
 from .torchtune import Torchtune
 from .vllm import Vllm
@@ -32,7 +36,7 @@ DIALECTS: tuple[Dialect, ...] = (
     Peft(), Loralib(), LoralibMs(), Mindpet(), TK, Mcore(), Pynative(), Slora(), Mindnlp(), Mindnlp("mindnlp-0.2"),
     Kohya(), Diffusers(), MINDONE, LAYERS, GM, Vllm(), Vllm("vllm-mindspore"), Mlx(), Msbnb(),
     MindonePeft(),
-    Torchtune(), Gguf(), AdapterHub(),
+    Torchtune(), Gguf(), AdapterHub(), Megatron(), Bottlenecks(), MindpetAdapters(), PeftPrompts(), MindpetPrompts(),
 )  # fmt: skip
 
 PIPELINES = frozenset({"diffusers", "mindone"})
@@ -43,10 +47,18 @@ SURE = PIPELINES | {"mindone-gm", "mindone-peft"}
 
 CONFIGURED = frozenset({
     "peft", "mindone-peft", "mindnlp", "mindnlp-0.2", "vllm", "vllm-mindspore", "mlx", "torchtune", "adapterhub",
+    "adapterhub-bottleneck", "peft-prompt",
 })  # fmt: skip
 """Dialects whose files mean nothing without the adapter_config.json that lies beside them in a directory."""
 
-NAMES = {"mindnlp": "hf", "mindnlp-0.2": "hf", "msbnb": "hf", "torchtune": "torchtune", "gguf": "gguf"}
+NAMES = {
+    "mindnlp": "hf",
+    "mindnlp-0.2": "hf",
+    "msbnb": "hf",
+    "torchtune": "torchtune",
+    "gguf": "gguf",
+    "megatron": "megatron",
+}
 """Whose module names a dialect has, where its framework does not say: transformers', or a project of PyTorch's."""
 
 

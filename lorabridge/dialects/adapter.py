@@ -108,7 +108,7 @@ class LoraModule:
         return len(self.terms) == 1 and (self.terms[0].start, self.terms[0].stop) == (0, self.out)
 
 
-ExtraKind = Literal["modules_to_save", "bias", "trainable_tokens", "base", "buffer"]
+ExtraKind = Literal["modules_to_save", "bias", "trainable_tokens", "base", "buffer", "delta"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,8 @@ class Extra:
     """A tensor beside the factors, named ``path.parameter``; it replaces the base's parameter.
 
     "trainable_tokens" replaces the rows that the config's ``trainable_token_indices`` lists; "base" is a frozen
-    weight that rides along in a full checkpoint.
+    weight that rides along in a full checkpoint. "delta" replaces nothing: it belongs to another algorithm than LoRA
+    (see ``dialects.deltas``).
     """
 
     path: str
@@ -166,7 +167,7 @@ class Fact:
 
 FACT_FIELDS = (
     "alpha", "rank", "use_rslora", "fan_in_fan_out", "enable_lora", "kernel_size", "groups", "conv_form", "kind",
-    "merged", "out_features", "as", "names_of", "alpha_in",
+    "merged", "out_features", "as", "names_of", "alpha_in", "non_linearity", "cell",
 )  # fmt: skip
 """What can be stated about modules; each is an option of the command line."""
 
