@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ..errors import LorabridgeError
 from ..reports import plain
+from .inspect_ranks import RanksReport, layouts_text
 
 Rows = list[tuple[str, ...]]
 
@@ -97,7 +98,8 @@ class InspectReport:
 
     ``contents``: adapter, model or unknown. ``dialect`` with the reason ``why``; ``candidates``: every dialect that
     fits. ``families``: tables that fit. ``origin``: what a manifest says it was made from. ``dtypes``: (name,
-    tensors, bytes). ``left_out``: (tensor, reason). Sizes are in bytes.
+    tensors, bytes). ``left_out``: (tensor, reason). ``ranks``: how a
+    distributed checkpoint lies. Sizes are in bytes.
     """
 
     path: str
@@ -120,10 +122,13 @@ class InspectReport:
     warnings: tuple[str, ...]
     problems: tuple[Problem, ...]
     factors: tuple[FactorRow, ...] = ()
+    ranks: RanksReport | None = None
 
     def as_json(self) -> dict[str, object]:
         """Return the JSON document of ``lorabridge inspect --json``."""
-        content = asdict(self)
+        content = asdict(replace(self, ranks=replace(self.ranks, examples=()) if self.ranks else None))
+        if self.ranks is not None:
+            content["ranks"].pop("examples")
         content["metadata"] = dict(self.metadata)
         for key, names in (("candidates", ("dialect", "why")), ("left_out", ("tensor", "reason"))):
             content[key] = [dict(zip(names, row, strict=True)) for row in getattr(self, key)]
@@ -138,6 +143,7 @@ class InspectReport:
         rows = [
             ("path", self.path),
             ("container", f"{self.format}: {held}, {dtypes}"),
+            ("ranks", self.ranks.head if self.ranks else ""),
             ("contents", self.contents),
             ("dialect", f"{self.dialect or 'none recognised'}{f': {self.why}' if self.why else ''}"),
             ("fits also", "; ".join(also)),
@@ -182,6 +188,8 @@ class InspectReport:
         """Return the report for people; ``tensors`` lists every tensor, ``width`` is the columns to fit in."""
         label_width = max(len(label) for label, _ in self.head()) + 2
         blocks = ["\n".join(f"{label.ljust(label_width)}{plain.escape(text)}" for label, text in self.head())]
+        if self.ranks is not None:
+            blocks += layouts_text(self.ranks, width=width)
         header, rows = self.module_rows()
         if rows:
             blocks.append(plain.table(header, rows, right="  rrr    rrrr", width=width))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..axes import Expr, Join, Read, Reshape, Slice, Zeros, byte_ranges, cut, evaluate, read
-from ..errors import InputError
+from ..errors import InputError, counted
 from ..formats import container
 from ..formats.sharded import Shards
 from ..formats.untrusted import shown
@@ -124,14 +124,20 @@ class Assembled:
         """Refuse copies of a slice that differ: an InputError lists them; ``progress`` as for :meth:`apart`."""
         apart = self.apart(progress)
         if apart:
-            raise InputError(
-                f"{len({name for name, _ in apart})} tensors differ between ranks that should hold copies",
-                where=[
-                    f"{shown(name)}: rank {rank} and rank {', '.join(map(str, others))}"
-                    for (name, rank), others in apart.items()
-                ],
-                hint="take the strategy of the run that wrote them, or a checkpoint whose ranks agree",
-            )
+            raise disagreement(apart)
+
+
+def disagreement(apart: Mapping[tuple[str, int], Sequence[int]]) -> InputError:
+    """Return the error that lists copies which differ, see :meth:`Assembled.apart`."""
+    names = {name for name, _ in apart}
+    return InputError(
+        f"{counted(len(names), 'tensor')} differ{'s' * (len(names) == 1)} between ranks that should hold copies",
+        where=[
+            f"{shown(name)}: rank {rank} and rank {', '.join(map(str, others))}"
+            for (name, rank), others in apart.items()
+        ],
+        hint="take the strategy of the run that wrote them, or a checkpoint whose ranks agree",
+    )
 
 
 def same_bits(source: Source, one: str, other: str) -> bool:

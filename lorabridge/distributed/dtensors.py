@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..formats.torchvalues import Global, Object, Table, Tensor, call, is_count, kind
 from ..formats.torchzip import TorchSource, open_tree
 from ..formats.untrusted import shown
-from .assembled import Arrangement, Assembled, Copy, Files, Placed
+from .assembled import Arrangement, Assembled, Copy, Files, Placed, same_bits
 from .layout import Layout
 from .placing import Broken, Findings, Held, grouped, place_boxes, place_whole, settle
 
@@ -111,6 +111,8 @@ def _arrange(
                 raise ValueError("it is a DTensor on some ranks only")
             boxes, layout = _boxes(locals_, held, world)
             found = place_boxes(name, next(iter(locals_.values())).shape, boxes, pieces)
+            if layout.devices < world:  # a mesh of some of the run's axes: along the others there must be copies
+                _compare(found, pieces)
             placed[name] = replace(found, mesh=layout)
         except ValueError as error:
             problems.append(f"{shown(name)}: {error}")
@@ -128,6 +130,15 @@ def _arrange(
     return Arrangement("torch DTensors of every rank", world, placed, tuple(notes))
 
 
+def _compare(placed: Placed, pieces: Files) -> None:
+    for copies in placed.slices.values():
+        for copy in copies[1:]:
+            if not same_bits(pieces, copies[0].piece, copy.piece):
+                raise ValueError(
+                    f"differs between rank {copies[0].rank} and rank {copy.rank}, whose DTensors say the same place"
+                )
+
+
 def _boxes(locals_: Mapping[int, _Local], held: Mapping[int, str], world: int) -> tuple[list[Held], Layout]:
     """Return which box of the tensor every rank holds."""
     first = next(iter(locals_.values()))
@@ -138,7 +149,7 @@ def _boxes(locals_: Mapping[int, _Local], held: Mapping[int, str], world: int) -
     devices = 1
     for size in sizes:
         devices *= size
-    if devices != world:
+    if devices > world or world % devices:
         raise ValueError(f"it lies on a mesh of {list(sizes)}, and the run had {world} ranks")
     order = _order(first.cuts, sizes)
     boxes: list[Held] = []

@@ -42,6 +42,8 @@ def iteration_directory(path: Path, step: str | None = None) -> Path | None:
     if (path / METADATA).is_file():
         return path if _holds_tensors(path / METADATA) else None
     latest = path / LATEST
+    if any(path.glob("iter_*")) and not any(path.glob("iteration_*")):
+        return None  # Megatron's, which has a file of the same name
     if step is None and latest.is_file():
         step = latest.read_text("utf-8", errors="replace")[:32].strip()
     elif not any(p.name.startswith("iteration_") for p in path.glob("iteration_*")):

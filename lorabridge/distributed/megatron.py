@@ -45,6 +45,7 @@ _WHOLE = re.compile(
     r"|(?:.*\.)?(?:linear_proj|linear_fc2|dense|dense_4h_to_h)\.bias\d*|.*\.linear_(?:q|kv)_down_proj\.weight"
 )
 _SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+_EXPERT_TENSOR = "expert_tensor_parallel_size"
 _Place = tuple[int, int, int]
 """Tensor, pipeline and expert rank."""
 
@@ -160,7 +161,7 @@ def _open_rank(path: Path, said: dict[str, _Held]) -> TorchSource:
         tree.archive.file.close()
         raise InputError(f"it is no checkpoint of Megatron: {error}", where=shown(str(path)), hint=_HINT) from None
     stated = _fields(getattr(root.get("args"), "state", None))
-    sizes = {key: n for key in _SIZES if type(n := stated.get(key)) is int and 0 < n < 1 << 16}
+    sizes = {key: n for key in (*_SIZES, _EXPERT_TENSOR) if type(n := stated.get(key)) is int and 0 < n < 1 << 16}
     said[str(path)] = _Held(sizes, tuple(skipped))
     return tree.source(tensors)
 
@@ -301,6 +302,9 @@ class _Megatron:
 
     def _axis(self, name: str, axes: int) -> int | None:
         """Return the axis along which tensor parallelism cut a parameter; None where every rank holds the whole."""
+        if ".experts." in name and self.sizes.get(_EXPERT_TENSOR, self.shape[0]) != self.shape[0]:
+            said = f"experts over {self.sizes[_EXPERT_TENSOR]} tensor ranks beside layers over {self.shape[0]}"
+            raise ValueError(f"{said} are not supported; save as torch_dist")
         if _COLUMN.fullmatch(name):
             return 0
         if _ROW.fullmatch(name) and axes == 2:

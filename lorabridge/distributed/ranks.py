@@ -44,7 +44,11 @@ def open_ranks(
     """
     files = _rank_files(path, step)
     found = list(strategies) or _strategies_near(path)
-    strategy = read_strategy(found) if found else None
+    try:
+        strategy = read_strategy(found) if found else None
+    except InputError as error:
+        settle(error, findings)
+        strategy = None
     format = _one_format(list(files.values()))
     pieces = Files(path, format, {f"rank_{rank}/{file.name}": file for rank, file in files.items()})
     try:
@@ -163,7 +167,8 @@ class _Arranging:
         absent = [rank for rank in range(devices) if rank not in self.ranks]
         for rank in absent:
             others = ", ".join(map(str, sorted(self.stood_in.get(rank, ()))))
-            said = f"; its slices were read from rank {others}" if others else "; nothing is lost with it"
+            whole = "" if self.problems else "; nothing is lost with it"
+            said = f"; its slices were read from rank {others}" if others and not self.problems else whole
             notes.append(f"rank {rank} is missing{said}")
         if self.unsaved:
             some = ", ".join(self.unsaved[:4]) + (" ..." if len(self.unsaved) > 4 else "")
