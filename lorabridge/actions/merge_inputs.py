@@ -16,6 +16,7 @@ from ..errors import LorabridgeError, MappingError, UsageError, counted
 from ..families import tables
 from ..joined import Joined, prefixed
 from ..manifest import Manifest
+from ..merging.components import of_component
 from ..merging.identity import MERGED_KEY, merged_mark
 from ..merging.landing import moved_prefix, parameter_of
 from ..merging.planning import Addition
@@ -135,6 +136,7 @@ def additions(given: Opened, base: Adapter, options: MergeOptions) -> list[Addit
         adapter = prefixed(dialect.parse(one.content(facts)), label, one.source.specs)
         adapter = _as_peft_computes(adapter) if dialect.name == "peft" else adapter
         adapter = _with_rows(adapter, kept)
+        adapter = of_component(adapter, {extra.name for extra in base.extras}, str(one.path))
         family = options.family or (kept.options.get("family") if kept else None)
         for part in _on_side(adapter, dialect, base, given, replace(options, family=family)):
             out.append(Addition(part, weight, str(one.path)))
