@@ -116,10 +116,31 @@ def mindformers() -> dict[str, list[Entry]]:
     plain, gated = {"feed_forward_proj": "relu"}, {"feed_forward_proj": "gated-gelu"}
     untied = {"tie_word_embeddings": False}
 
+    small = BERT | {"num_labels": 5}
+    own_bert = small | {"embedding_size": 12, "seq_length": 17, "batch_size": 1}
+    pooler = dict.fromkeys(("bert.dense.weight", "bert.dense.bias"), "the pooler, which the class is without")
+    gpt2 = {"vocab_size": 31, "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 16, "bos_token_id": 0,
+            "eos_token_id": 0}  # fmt: skip
+    own_gpt2 = {"vocab_size": 31, "hidden_size": 12, "num_layers": 2, "num_heads": 2, "seq_length": 16}
+
+    def bert(task: str, **said: Mapping[str, str]) -> Entry:
+        net = built("bert", "bert", f"BertFor{task}", "bert_config", "BertConfig",
+                    own_bert | ({"num_labels": 1} if task == "MultipleChoice" else {}))  # fmt: skip
+        fields = BERT if task == "QuestionAnswering" else small
+        return entry(net, f"BertFor{task}", "BertConfig", fields, **said)
+
     def crossed(prefix: str) -> dict[str, str]:
         return {name: why for name, why in cross.items() if name.startswith(prefix)}
 
     return {
+        "bert": [
+            bert("PreTraining", layout={"mlm_head": "cell"}), bert("TokenClassification", own=pooler),
+            bert("MultipleChoice"), bert("QuestionAnswering", own=pooler),
+        ],
+        "gpt2": [
+            entry(built("gpt2", "gpt2", "GPT2LMHeadModel", "gpt2_config", "GPT2Config", own_gpt2), "GPT2LMHeadModel",
+                  "GPT2Config", gpt2),
+        ],
         "t5": [entry(t5, "T5ForConditionalGeneration", "T5Config", T5 | BUCKETS | plain, own=crossed("t5"))],
         "mt5": [
             entry(mt5, "MT5ForConditionalGeneration", "MT5Config", T5 | BUCKETS | gated | untied, own=crossed("mt5")),
