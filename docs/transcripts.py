@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```\n(\$ .*?)^```$", re.MULTILINE | re.DOTALL)
-NAMES = ("verify", "unmerge", "mindformers", "diffusion")
+NAMES = ("verify", "unmerge", "mindformers", "diffusion", "other-dialects")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES))
 NUMBER = r"\d+(?:\.\d+)?(?:e[-+]\d+)?"
 VARYING = re.compile(
@@ -29,6 +29,7 @@ def rerun(text: str) -> str:
     """Return the page with every transcript as it is printed now."""
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "examples").symlink_to(ROOT / "examples")
+        (Path(name) / "dialects").symlink_to(ROOT / "tests" / "dialects")
         (Path(name) / "diffusion").symlink_to(ROOT / "tests" / "dialects" / "diffusers")
         (Path(name) / "lycoris").symlink_to(ROOT / "tests" / "dialects" / "lycoris")
         (Path(name) / "mindformers").symlink_to(ROOT / "tests" / "dialects" / "mindformers_files")
