@@ -68,11 +68,13 @@ from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
 merge_lora_sharded_efficient(*sys.argv[1:])
 """
 UNSLOTH = """
-import sys, torch, unsloth
+import os, sys, torch
+base, adapter, out = map(os.path.abspath, sys.argv[1:])
+os.chdir(os.path.dirname(out))  # where it leaves a cache
+import unsloth
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from unsloth_zoo.saving_utils import merge_and_overwrite_lora
-base, adapter, out = sys.argv[1:]
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), adapter)
 merge_and_overwrite_lora(lambda name, load_in_4bit: name, model, save_directory=out, output_dtype=torch.bfloat16)
 """
