@@ -11,14 +11,16 @@ from .. import dialects
 from ..conversion.forward import dialect_named
 from ..conversion.repository import Input, open_input
 from ..dialects.adapter import Adapter, Dialect, Extra, Facts, LoraModule
+from ..dialects.deltas import refuse_deltas
 from ..dialects.pairs import EMBEDDING_WEIGHTS
 from ..errors import LorabridgeError, MappingError, UsageError, counted
 from ..families import tables
+from ..families.rules import SideName
 from ..joined import Joined, prefixed
 from ..manifest import Manifest
 from ..merging.components import of_component
 from ..merging.identity import MERGED_KEY, merged_mark
-from ..merging.landing import moved_prefix, parameter_of
+from ..merging.landing import home_of, moved_prefix
 from ..merging.planning import Addition
 from .choices import source_dialect
 
@@ -134,6 +136,7 @@ def additions(given: Opened, base: Adapter, options: MergeOptions) -> list[Addit
                 "the adapter holds no LoRA factors", where=str(one.path), hint="name its dialect with --from"
             )
         adapter = prefixed(dialect.parse(one.content(facts)), label, one.source.specs)
+        refuse_deltas(adapter, "be merged into weights")
         adapter = _as_peft_computes(adapter) if dialect.name == "peft" else adapter
         adapter = _with_rows(adapter, kept)
         adapter = of_component(adapter, {extra.name for extra in base.extras}, str(one.path))
@@ -168,6 +171,9 @@ def _on_side(
     known = {extra.name for extra in base.extras}
     moved, _ = moved_prefix(adapter, known)
     told = options.family not in (None, "identity")
+    here = dialect.framework == given.origin.framework and not adapter.config.get("layer_replication")
+    if here and told and not _lands(moved, known, whole=True):
+        return [_respelled(adapter, moved, base, given, options)]
     if dialect.framework == given.origin.framework or _lands(moved, known, whole=told):
         return [adapter]
     if not told:
@@ -184,6 +190,24 @@ def _on_side(
         for part in _alike(_tokens_named(adapter, table, side, options))
     ]
     return mapped
+
+
+def _respelled(
+    adapter: Adapter, moved: Adapter, base: Adapter, given: Opened, options: MergeOptions
+) -> Adapter:  # fmt: skip
+    """Bring modules that the base calls otherwise to its spelling: experts that transformers holds in one tensor."""
+    shapes = {extra.name: extra.value.shape for extra in base.extras}
+    landed = [home_of(module, shapes) for module in moved.modules]
+    lost = [m for m, home in zip(adapter.modules, landed, strict=True) if not home]
+    table = tables.load_family(str(options.family), options.mappings)
+    sizes = tables.sizes_from_config(table, given.base.model_config) if given.base.model_config else None
+    side: SideName = "hf" if given.origin.framework == "torch" else "ms"
+    made = tables.respell(
+        table, replace(adapter, modules=tuple(lost), extras=()), side=side, like=shapes, sizes=sizes,
+        layout=options.layout,
+    )  # fmt: skip
+    kept = tuple(m for m, home in zip(moved.modules, landed, strict=True) if home)
+    return replace(moved, modules=(*kept, *made.modules))
 
 
 def _tokens_named(adapter: Adapter, table: tables.Table, side: str, options: MergeOptions) -> Adapter:
@@ -206,7 +230,7 @@ def _maps(extra: Extra, table: tables.Table, side: str, options: MergeOptions) -
 
 def _lands(adapter: Adapter, known: set[str], *, whole: bool) -> bool:
     """Say whether the adapter's names are the base's; with a table at hand all of them must be."""
-    found = [bool(parameter_of(module.path, module.weight, known)) for module in adapter.modules]
+    found = [bool(home_of(module, known)) for module in adapter.modules]
     return bool(found) and (all(found) if whole else any(found))
 
 

@@ -90,12 +90,13 @@ class Variant:
 
 
 @dataclass
-class _Evidence:
+class Evidence:
     """What names say about layouts: ``implied``: choice by layout, with a name that says so; ``open``: what remains
-    possible for a layout where names leave several."""
+    possible for a layout where names leave several. ``prefixes``: those that names have, each with one of them."""
 
     implied: dict[str, dict[str, str]] = field(default_factory=dict)
     open: dict[str, set[str]] = field(default_factory=dict)
+    prefixes: dict[str, str] = field(default_factory=dict)
 
     def take(self, key: str, choices: set[str], name: str) -> None:
         """Note the choices under which one name can be read."""
@@ -117,31 +118,44 @@ def resolve(
     ``hf_prefix``/``ms_prefix`` (``""`` or the table's text). A UsageError names an unknown or missing choice and lists
     the choices; a MappingError a checkpoint that mixes two variants.
     """
-    prefixes: dict[SideName, tuple[str, ...]] = {name: _prefixes(table, name, layout) for name in ("hf", "ms")}
-    given = _given(table, layout)
-    index = Index(table, side, prefixes[side])
-    shapes = names if isinstance(names, Mapping) else {}
-    beyond = _beyond(table, side)
-    seen: dict[str, str] = {}
-    evidence = _Evidence()
-    for name in names:
-        hits = [hit for hit in index.find(name) if all(given.get(key, c) == c for key, c in hit.when)]
-        hits = [hit for hit in hits if _rank_fits(hit, shapes.get(name))]
-        seen.update({hit.prefix: name for hit in hits if hit.prefix is not None})
-        for key in {key for hit in hits for key, _ in hit.when}:
-            evidence.take(key, {dict(hit.when).get(key, "") for hit in hits}, name)
-        for hit in hits:
-            for key, choices in beyond.get(_source(hit), {}).items():
-                evidence.take(key, {c for c in choices if given.get(key, c) == c}, name)
+    evidence = evidence_of(table, names, side=side, layout=layout)
+    seen, given = evidence.prefixes, _given(table, layout)
     if len(seen) > 1:
         raise MappingError(
             f"the checkpoint mixes names with and without the prefix {table.prefix(side).text!r}", where=seen.values()
         )
     chosen = _choose(table, given, evidence)
-    theirs = prefixes[other_side(side)]
-    mine = next(iter(seen), prefixes[side][0])
+    theirs = _prefixes(table, other_side(side), layout)
+    mine = next(iter(seen), _prefixes(table, side, layout)[0])
     found = {side: mine, other_side(side): mine if table.alike and mine in theirs else theirs[0]}
     return Variant(found["hf"], found["ms"], chosen)
+
+
+def evidence_of(
+    table: Table, names: Iterable[str] | Mapping[str, Shape], *, side: SideName, layout: Mapping[str, str]
+) -> Evidence:
+    """Say what names tell about prefixes and layouts, the given choices considered; see :func:`resolve`."""
+    given = _given(table, layout)
+    index = Index(table, side, _prefixes(table, side, layout))
+    shapes = names if isinstance(names, Mapping) else {}
+    beyond = _beyond(table, side)
+    evidence = Evidence()
+    for name in names:
+        hits = [hit for hit in index.find(name) if all(given.get(key, c) == c for key, c in hit.when)]
+        hits = [hit for hit in hits if _rank_fits(hit, shapes.get(name))]
+        evidence.prefixes.update({hit.prefix: name for hit in hits if hit.prefix is not None})
+        readings = [_reading(hit, beyond, given) for hit in hits]
+        for key in {key for reading in readings for key in reading}:
+            evidence.take(key, {choice for reading in readings for choice in reading.get(key, ("",))}, name)
+    return evidence
+
+
+def _reading(hit: Hit, beyond: Mapping[int, Mapping[str, set[str]]], given: Mapping[str, str]) -> dict[str, set[str]]:
+    """Return the choices under which a name can be read so, by layout."""
+    found = {
+        key: {c for c in choices if given.get(key, c) == c} for key, choices in beyond.get(_source(hit), {}).items()
+    }
+    return {key: choices for key, choices in found.items() if choices} | {key: {choice} for key, choice in hit.when}
 
 
 def _source(hit: Hit) -> int:
@@ -221,7 +235,7 @@ def choices_text(table: Table, key: str, among: Iterable[str] = ()) -> str:
     return "choose " + ", or ".join(f"--layout {key}={choice} ({versions})" for choice, versions in listed)
 
 
-def _choose(table: Table, given: Mapping[str, str], evidence: _Evidence) -> dict[str, str]:
+def _choose(table: Table, given: Mapping[str, str], evidence: Evidence) -> dict[str, str]:
     chosen = dict(given)
     for key, said in evidence.implied.items():
         if len(said) > 1:

@@ -122,7 +122,12 @@ def land(
     for module, name in found:
         if not name:
             near = _near(module.path, shapes)
-            into.refuse(f"{module.path}: the base has no such module" + (f" (nearest: {near})" if near else ""))
+            into.refuse(
+                f"{module.path}: the base has no such module" + (f" (nearest: {near})" if near else ""),
+                "a base that stores every expert by itself needs the family's table: pass --family"
+                if module.stack
+                else "",
+            )
             continue
         place = _place(module, name, shapes[name], seen, weight, into)
         if place is not None:
