@@ -96,8 +96,8 @@ def _fitting(
     reasons: list[str] = []
     scores: list[tuple[int, Route]] = []
     for family in family_candidates(first.given, first.dialect, mappings=mappings):
-        found = named_route(Told(family, layout, mappings), config)
         try:
+            found = named_route(Told(family, layout, mappings), config)
             carried = found.carry(first.adapter, first.dialect.framework, second.dialect.framework)
         except (MappingError, UsageError) as error:
             reasons.append(f"{family}: {error.problem} ({error.hint})" if error.hint else f"{family}: {error.problem}")
