@@ -29,6 +29,9 @@ FORMATS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "gguf": ("gguf", (".gguf",)),
 }
 
+WHOLE = ("npz", "gguf")
+"""Containers whose readers elsewhere know no index of shards."""
+
 # What the trainers of transformers and accelerate leave beside a checkpoint; never the checkpoint itself.
 _TRAINER_FILES = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state")
 
@@ -114,6 +117,10 @@ def make_sink(
         "safetensors": {"flavour": flavour},
         "mindspore": {"crc": crc, "encryption": encryption},
     }
+    if max_shard_size is not None and format in WHOLE:
+        raise UsageError(
+            f"{format} files are not split into shards", where=shown(filename), hint="drop --max-shard-size"
+        )
     options = known.get(format, {})
     if max_shard_size is None:
         return container(format).make_sink(create, filename, **options)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from lorabridge.dtypes import BY_NAME
 from lorabridge.errors import InputError, LorabridgeError, MappingError, UsageError
 from lorabridge.files.fsio import Staging
-from lorabridge.formats import FORMATS, make_sink, open_source
+from lorabridge.formats import FORMATS, WHOLE, make_sink, open_source
 from lorabridge.formats.sharded import MAX_OPEN, open_index
 from lorabridge.formats.shardsink import main_file, split
 from lorabridge.tensors import Source, TensorSpec
@@ -68,7 +68,7 @@ def check(source: Source, state: dict[str, np.ndarray]) -> None:
             )
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FILES)
 def test_shards_of_every_container_round_trip(format: str, tmp_path: Path) -> None:
     state = {name: value for name, value in STATE.items() if value.size or format != "mindspore"}
     path = write(tmp_path, format, size=100, state=state)
@@ -86,7 +86,7 @@ def test_shards_of_every_container_round_trip(format: str, tmp_path: Path) -> No
     assert len(shards) > 1
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FILES)
 def test_one_shard_is_a_plain_file_without_index(format: str, tmp_path: Path) -> None:
     state = {name: value for name, value in STATE.items() if value.size or format != "mindspore"}
     path = write(tmp_path, format, size=10**6, state=state)
@@ -96,6 +96,13 @@ def test_one_shard_is_a_plain_file_without_index(format: str, tmp_path: Path) ->
     plain = tmp_path / "plain"
     plain.mkdir()
     assert write(plain, format, size=None, state=state).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("format", WHOLE)
+def test_containers_without_shards_say_so(format: str, tmp_path: Path) -> None:
+    assert {*WHOLE, *FILES} == set(FORMATS)
+    with pytest.raises(UsageError, match="not split"):
+        make_sink(format, into(tmp_path), f"a.{format}", max_shard_size=100)
 
 
 def test_bytes_do_not_depend_on_the_order_of_writing(tmp_path: Path) -> None:
