@@ -18,6 +18,7 @@ from ..conversion.forward import Forward, forward, options_text
 from ..conversion.repository import ADAPTER_CONFIG, MODEL_CONFIG, Input, files_of, open_input
 from ..dialects import CONFIGURED, PIPELINES
 from ..dialects.adapter import CARRIED, DIRECTORY, TITLE, Facts, Json, LoraModule
+from ..dialects.deltas import COUNTERPARTS
 from ..dialects.diffusers_write import METADATA
 from ..dialects.mindformers_config import config_files
 from ..distributed.assembled import Assembled
@@ -255,7 +256,7 @@ def run(
             job.plan, given.source, sink,
             kernels=lambda name: numerics.kernels(keys[name], notes, job.residues),
             metadata=job.metadata, workers=options.workers or _workers(), progress=progress,
-            digests=job.manifest is not None and job.plan.nbytes <= DIGEST_LIMIT and bool(job.modules),
+            digests=job.manifest is not None and job.plan.nbytes <= DIGEST_LIMIT and _is_adapter(job),
         )  # fmt: skip
         companions = _companions(job, given, outcome.digests, notes)
         for name, text in companions.items():
@@ -265,6 +266,10 @@ def run(
         if sidecar is not None and sidecar.name not in companions:
             staging.drop(sidecar.name)
         staging.commit()
+
+
+def _is_adapter(job: Job) -> bool:
+    return bool(job.modules) or job.choice.goal.name in COUNTERPARTS
 
 
 def _check_stored_checksums(given: Input) -> None:

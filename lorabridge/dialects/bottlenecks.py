@@ -76,6 +76,7 @@ class Bottlenecks:
         config = _section(content)
         problems = Problems("properties of the adapter have no counterpart")
         _check(config, problems)
+        problems.raise_any(content.path)
         extras: list[Extra] = []
         left_out: list[tuple[str, str]] = []
         rules: dict[str, float] = {}

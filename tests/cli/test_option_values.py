@@ -41,7 +41,8 @@ def test_patterns_count_before_values_for_all_modules() -> None:
      ("enable_lora", "T,F,T", [True, False, True]), ("enable_lora", "true, false", [True, False]),
      ("kernel_size", "3,5", [3, 5]), ("kernel_size", "3", [3]), ("merged", "no", False), ("use_rslora", "yes", True),
      ("kind", "conv2d", "conv2d"), ("conv_form", "loralib", "loralib"), ("groups", "2", 2),
-     ("out_features", "768", 768), ("as", "lora", "lora"), ("names_of", "sdxl", "sdxl"), ("alpha_in", "config", "config"),
+     ("out_features", "768", 768), ("as", "lora", "lora"), ("names_of", "sdxl", "sdxl"),
+     ("alpha_in", "config", "config"), ("non_linearity", "gelu", "gelu"), ("cell", "m.prefix", "m.prefix"),
      ("fan_in_fan_out", "True", True)],
 )  # fmt: skip
 def test_statements_are_read_as_their_types(field: str, text: str, value: object) -> None:
