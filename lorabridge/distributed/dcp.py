@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from ..axes import cut, read, reshape
 from ..dtypes import BY_TORCH, DType
-from ..errors import InputError
+from ..errors import InputError, counted
 from ..formats.torchpickle import MAX_PICKLE, Unpickler
 from ..formats.torchvalues import Global, Object, PickleError, Table, Tensor, is_count, kind
 from ..formats.torchzip import TorchSource, open_tree
@@ -29,7 +29,7 @@ from ..formats.untrusted import MAX_TENSORS, open_regular, parse_json, pread_int
 from ..tensors import Extent, TensorSpec
 from .assembled import Arrangement, Assembled, Copy, Placed
 from .grid import Box, assemble_boxes
-from .placing import Broken, Findings, Held, grouped, settle
+from .placing import Broken, Findings, Held, grouped, settle, unfit_files
 
 if TYPE_CHECKING:
     from ..tensors import Bits
@@ -48,6 +48,8 @@ _OBJECTS = frozenset(
 _HINT = "take the whole directory that torch.distributed.checkpoint wrote"
 _STACK = re.compile(r"((?:.*\.)?layers\.)(?!\d)(.+)")
 TRAINING = re.compile(r"(?:chained_\d+\.)?(?:optimizer|opt_param_scheduler|rng_state|rerun_state_machine_state)\b")
+MAX_LAYERS = 4096
+"""Layers of a stack."""
 OPEN = 64
 """Archives of chunks that are kept open."""
 
@@ -78,11 +80,12 @@ def open_dcp(path: Path, *, findings: Findings | None = None) -> Assembled:
         tensors, others, stored, paths = _metadata(_load(path / METADATA))
     except PickleError as error:
         raise InputError(f"the metadata is not accepted: {error}", where=where, hint=_HINT) from None
-    absent = sorted({s.file for s in stored.values() if not (path / s.file).is_file()})
-    if absent:
-        gone = [shown(str(path / f)) for f in absent]
-        settle(InputError("files of the checkpoint are missing", where=gone, hint=_HINT), findings)
-        stored = {key: place for key, place in stored.items() if place.file not in absent}
+    unfit = unfit_files(path, (s.file for s in stored.values()))
+    if unfit:
+        gone = [f"{shown(str(path / file))}: {why}" for file, why in unfit.items()]
+        said = f"{counted(len(gone), 'file')} of the checkpoint cannot be read"
+        settle(InputError(said, where=gone, hint=_HINT), findings)
+        stored = {key: place for key, place in stored.items() if place.file not in unfit}
     names, skipped = _model(tensors, paths)
     stacked = is_stacked(path)
     skipped += [(name, "extra state" if "_extra_state" in name else "not a tensor") for name in others]
@@ -96,10 +99,11 @@ def open_dcp(path: Path, *, findings: Findings | None = None) -> Assembled:
             continue
         dtype, shape, boxes = tensors[fqn]
         held = _held(fqn, dtype, boxes, stored, specs, homes)
+        there = {box[0] for box, _ in held}
+        lost = [box for box in boxes if 0 not in box[1] and box[0] not in there]
         try:
-            if len(held) < sum(0 not in size for _, size in boxes):
-                lost = next(o for o, n in boxes if 0 not in n and o not in {offset for (offset, _), _ in held})
-                raise ValueError(f"the chunk at {list(lost)} is in no file")
+            if lost:
+                raise ValueError(f"the chunk at {list(lost[0][0])} is in no file")
             expr = assemble_boxes({box: read(specs[copy.piece]) for box, copy in held}, shape, dtype)
             copies = {box[0]: (copy,) for box, copy in held}
             whole = Placed(name, expr, copies, boxes={box[0]: box for box, _ in held})
@@ -107,7 +111,7 @@ def open_dcp(path: Path, *, findings: Findings | None = None) -> Assembled:
         except ValueError as error:
             problems.append(f"{shown(fqn)}: {error}")
             if findings is not None:
-                missing = {box: () for box in boxes if 0 not in box[1] and box[0] not in {b[0] for b, _ in held}}
+                missing: dict[Box, tuple[int, ...]] = dict.fromkeys(lost, ())
                 findings.broken[name] = Broken(name, dtype, shape, grouped(held), str(error), missing)
     if problems:
         settle(InputError("the chunks do not make up the tensors", where=problems, hint=_HINT), findings)
@@ -156,6 +160,8 @@ def unstacked(whole: Placed) -> list[Placed]:
     match = _STACK.fullmatch(whole.name)
     if match is None or not whole.expr.shape or not whole.expr.shape[0]:
         return [whole]
+    if whole.expr.shape[0] > MAX_LAYERS:
+        raise ValueError(f"it stacks {whole.expr.shape[0]} layers, more than {MAX_LAYERS}")
     layers = []
     for layer in range(whole.expr.shape[0]):
         expr = cut(whole.expr, 0, layer, layer + 1)

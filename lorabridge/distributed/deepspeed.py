@@ -172,12 +172,18 @@ def _open_states(path: Path) -> TorchSource:
     return tree.source(tensors)
 
 
-def _nonzero(value: object, depth: int = 4) -> bool:
-    if isinstance(value, list | tuple):
-        return depth > 0 and any(_nonzero(item, depth - 1) for item in value)
-    if isinstance(value, Table):
-        return depth > 0 and any(_nonzero(item, depth - 1) for _, item in value.items)
-    return isinstance(value, Object) or (isinstance(value, int | float) and value != 0)
+def _nonzero(value: object) -> bool:
+    """Say whether anything but zeros lies in nested lists and mappings, whatever they share or hold of themselves."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Object) or (isinstance(one, int | float) and one != 0):
+            return True
+        if isinstance(one, list | tuple | Table) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += [held for _, held in one.items] if isinstance(one, Table) else one
+    return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,14 +35,15 @@ def _along(boxes: Mapping[Box, Expr], shape: tuple[int, ...], axis: int, start: 
         if len(boxes) != 1:
             raise ValueError(f"{len(boxes) or 'no'} chunks hold the place {list(start)}")
         return next(iter(boxes.values()))
-    spans = sorted({(offset[axis], size[axis]) for offset, size in boxes})
+    spans: dict[tuple[int, int], dict[Box, Expr]] = {}
+    for (offset, size), expr in boxes.items():
+        spans.setdefault((offset[axis], size[axis]), {})[offset, size] = expr
     at, parts = 0, []
-    for begin, length in spans:
+    for (begin, length), inside in sorted(spans.items(), key=lambda item: item[0]):
         if begin > at:
             raise ValueError(f"nothing holds {at} to {begin} of axis {axis}")
         if begin < at:
             raise ValueError(f"chunks lap over at {begin} of axis {axis}")
-        inside = {box: expr for box, expr in boxes.items() if (box[0][axis], box[1][axis]) == (begin, length)}
         parts.append(_along(inside, shape, axis + 1, (*start[:axis], begin, *start[axis + 1 :])))
         at += length
     if at < shape[axis]:

@@ -22,7 +22,7 @@ from ..formats.untrusted import MAX_HEADER, open_regular, parse_json, pread_into
 from .assembled import Arrangement, Assembled, Copy, Files, Placed
 from .grid import Box
 from .layout import Layout, assemble
-from .placing import Broken, Findings, grouped, settle
+from .placing import Broken, Findings, grouped, settle, unfit_files
 
 METADATA = "metadata.json"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -92,10 +92,10 @@ def open_iteration(path: Path, *, findings: Findings | None = None) -> Assembled
     except ValueError as error:
         raise InputError(f"the metadata is malformed: {error}", where=shown(str(path / METADATA)), hint=_HINT) from None
     names = sorted({file for pieces in stored.values() for held in pieces.values() for file, _ in held})
-    absent = [name for name in names if not (path / name).is_file()]
+    absent = unfit_files(path, names)
     if absent:
-        where = [shown(str(path / name)) for name in absent]
-        said = f"{counted(len(absent), 'file')} of the iteration {'is' if len(absent) == 1 else 'are'} missing"
+        where = [f"{shown(str(path / name))}: {why}" for name, why in absent.items()]
+        said = f"{counted(len(absent), 'file')} of the iteration cannot be read"
         settle(InputError(said, where=where, hint=_HINT), findings)
     pieces = Files(path, "safetensors", {name: path / name for name in names if name not in absent})
     try:
@@ -172,7 +172,7 @@ def _place(name: str, about: Mapping[str, object], stored: _Stored, pieces: File
     beyond = sorted(number for number in stored if number >= len(slices))
     if beyond:
         raise ValueError(f"piece {beyond[0]} of {len(slices)}")
-    reads = {index: pieces.piece(copies[0].piece.rpartition("/")[0], name) for index, copies in slices.items()}
+    reads = {index: pieces.piece(copies[0].piece.removesuffix(f"/{name}"), name) for index, copies in slices.items()}
     if len({expr.dtype for expr in reads.values()}) > 1:
         raise ValueError("its pieces have different element types")
     boxes = {index: _box(index, local) for index in slices}

@@ -20,6 +20,10 @@ ALL = -1
 """``Layout.optimizer``: the first axis is cut over all replicas."""
 
 
+MAX_DEVICES = 1 << 20
+"""Devices of a stage."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How one tensor lies over a stage's devices.
@@ -68,6 +72,8 @@ class Layout:
         replicas = math.prod(self.grid[axis] for axis in self.free if axis < len(self.grid))
         if not self.grid or any(size < 1 for size in self.grid):
             return f"the device matrix {list(self.grid)} has no devices"
+        if self.devices > MAX_DEVICES:
+            return f"the device matrix {list(self.grid)} has more than {MAX_DEVICES} devices"
         if any(not 0 <= axis < len(self.grid) for axis in used):
             return f"its map names axes that the device matrix {list(self.grid)} does not have"
         if len(set(used)) < len(used):

@@ -20,7 +20,7 @@ from ..axes import Expr, ShapeError, cut, join, read
 from ..errors import InputError
 from ..formats.torchvalues import Object, Table, Tensor, kind
 from ..formats.torchzip import TorchSource, open_tree
-from ..formats.untrusted import shown
+from ..formats.untrusted import MAX_TENSORS, shown
 from .assembled import Arrangement, Assembled, Copy, Files, Placed
 from .grid import Box
 from .placing import Broken, Findings, grouped, place_whole, settle
@@ -153,6 +153,8 @@ def _open_rank(path: Path, said: dict[str, _Held]) -> TorchSource:
         skipped: list[tuple[str, str]] = []
         for chunk, model in models.items():
             for name, value in _flat(model, 8):
+                if len(tensors) + len(skipped) > MAX_TENSORS:
+                    raise ValueError(f"its model has more than {MAX_TENSORS} entries")
                 if isinstance(value, Tensor) and not name.endswith("_extra_state"):
                     tensors[f"{chunk}:{name}"] = value
                 else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..axes import read
 from ..dtypes import DType
 from ..errors import InputError
+from ..formats.sharded import placement_problem
 from ..tensors import Source
 from .assembled import Copy, Placed, same_bits
 from .grid import Box, assemble_boxes
@@ -75,6 +78,19 @@ def place_boxes(name: str, shape: tuple[int, ...], held: Iterable[Held], pieces:
     return Placed(
         name, expr, {box[0]: found for box, found in filled.items()}, boxes={box[0]: box for box in filled}
     )  # fmt: skip
+
+
+def unfit_files(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """Say why files that metadata names may not be read: missing, not regular, or reached by links to elsewhere."""
+    found: dict[str, str] = {}
+    home = Path(os.path.realpath(path))
+    for name in sorted(set(names)):
+        problem = placement_problem(path, name)
+        if not problem and "/" in name and not Path(os.path.realpath(path / name)).is_relative_to(home):
+            problem = "reached by a symbolic link that leaves the directory"
+        if problem:
+            found[name] = problem
+    return found
 
 
 def grouped(held: Iterable[Held]) -> dict[Box, tuple[Copy, ...]]:

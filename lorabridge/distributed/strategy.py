@@ -24,6 +24,9 @@ from ..formats.wire import BYTES, VARINT, Window, WireError, delimited, varint
 from .layout import Layout
 
 MAX_AXES = 32
+MAX_STAGES = 1 << 16
+MAX_FOLDINGS = 1 << 16
+"""Ways to fold an expanded layout that are tried."""
 _MERGED = re.compile(r"(\d{1,6})-(.+)", re.DOTALL)
 _HINT = "give the strategy file of the run that wrote the checkpoint"
 
@@ -93,6 +96,8 @@ def _read_file(path: Path) -> dict[int, dict[str, Layout]]:
         raise InputError(f"no strategy file: {error}", where=shown(str(path)), hint=_HINT) from None
     if not items:
         raise InputError("the strategy file lists no parameter", where=shown(str(path)), hint=_HINT)
+    if not 0 <= stage < MAX_STAGES:
+        raise InputError(f"the strategy file is of pipeline stage {stage}", where=shown(str(path)), hint=_HINT)
     problems = [f"{shown(name)}: {why}" for name, layout in items.items() if (why := layout.problem())]
     if problems:
         raise InputError("the strategy file holds layouts that cannot be", where=problems, hint=_HINT)
@@ -267,7 +272,9 @@ def _foldings(layout: Layout, axes: int) -> Iterator[Layout]:
                 yield (stop, *rest)
 
     shape = layout.shape or ()
-    for stops in ends(0, axes) if axes else ():
+    if not 0 < axes <= len(layout.cuts) or math.comb(len(layout.cuts) - 1, axes - 1) > MAX_FOLDINGS:
+        return
+    for stops in ends(0, axes):
         spans = list(zip((0, *stops[:-1]), stops, strict=True))
         if all(math.prod(layout.parts[i] for i in range(a, b - 1)) == math.prod(shape[a : b - 1]) for a, b in spans):
             cuts = tuple(tuple(axis for i in range(a, b) for axis in layout.cuts[i]) for a, b in spans)

@@ -203,7 +203,7 @@ def _shard_paths(index: Path, names: Sequence[str]) -> dict[str, Path]:
     """Find every shard beside the index; one InputError lists the missing and the unsafe ones."""
     issues: list[str] = []
     for name in names:
-        problem = _placement_problem(index.parent, name)
+        problem = placement_problem(index.parent, name)
         if problem:
             issues.append(f"{shown(str(index.parent / name))}: {problem}")
     if issues:
@@ -212,7 +212,7 @@ def _shard_paths(index: Path, names: Sequence[str]) -> dict[str, Path]:
     return {name: index.parent / name for name in names}
 
 
-def _placement_problem(directory: Path, name: str) -> str:
+def placement_problem(directory: Path, name: str) -> str:
     """Say why a file may not serve as a shard: missing, not regular, or a link that leaves the directory."""
     path = directory / name
     try:
