@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import DifferentError, InputError
+from ..errors import DifferentError, InputError, OutputError
 from ..reports import plain
 from ._group import Command, Group, Manual, documented
 from ._options import mappings_option, output_options
@@ -128,6 +128,59 @@ def check(ctx: click.Context, file: Path, json: bool, quiet: bool, verbose: bool
         lines = [f"{plain.escape(done.path)}: {plain.count(len(done.problems), 'problem')}"]
         out.result("\n".join([*lines, *(f"  {plain.escape(problem)}" for problem in done.problems)]))
     if not done.ok:
+        ctx.exit(FOUND_PROBLEMS)
+
+
+@documented(
+    Manual(
+        arguments={
+            "HF": "A Hugging Face model's directory, with its config.json.",
+            "MS": "A MindSpore checkpoint of the same network, of the same values where there is one.",
+        },
+        groups={"Writing": ("output", "family"), **OUTPUT},
+        examples=(
+            "lorabridge tables infer model/ model.ckpt",
+            "lorabridge tables infer model/ model.ckpt -o mine.toml",
+        ),
+    )
+)
+@tables.command("infer", cls=Command)
+@click.argument("hf", metavar="HF", type=click.Path(path_type=Path))
+@click.argument("ms", metavar="MS", type=click.Path(path_type=Path))
+@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the table here.")
+@click.option("--family", metavar="NAME", default="mine", show_default=True, help="What the table's family is called.")
+@output_options
+@click.pass_context
+def infer(
+    ctx: click.Context, hf: Path, ms: Path, output: Path | None, family: str, json: bool, quiet: bool, verbose: bool
+) -> None:
+    """Propose a table from two checkpoints of one network.
+
+    Where both hold the same values contents decide: transposes, splits, fusions and their row order are found. What
+    only names and shapes support is marked, and so is what fits nowhere. The proposal is a draft: read it, then check
+    it with `lorabridge tables check` and a conversion there and back. The exit code is 1 where something is left over.
+    """
+    from ..actions.infer import infer as run
+    from ..actions.infer_text import counts, problems, table_text
+
+    out = Output("tables infer", json, quiet, verbose)
+    if output is not None and output.exists():
+        raise OutputError("the output exists already", where=str(output), hint="choose another name")
+    found = run(hf, ms)
+    text, rests = table_text(found, family), counts(found)
+    wrong = problems(text)
+    if output is not None:
+        output.write_text(text, "utf-8")
+    if json:
+        out.document({"table": text, "counts": dict(rests), "problems": wrong})
+    else:
+        if output is None:
+            out.result(text.rstrip())
+        sure = f"{plain.count(rests['contents'], 'rule')} by contents, {rests['equal contents']} by contents and name"
+        left = f"{rests['shapes']} by shape and name only, {plain.count(rests['left'], 'name')} left over"
+        out.hint(f"{sure}, {left}", label="note: ")
+        out.warn([f"not a valid table yet: {problem}" for problem in wrong])
+    if wrong or rests["left"]:
         ctx.exit(FOUND_PROBLEMS)
 
 
