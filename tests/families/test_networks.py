@@ -23,7 +23,7 @@ from .networks import NETWORKS, SOURCES, Network, Shapes
 from .square import KINDS, square
 
 CASES = [pytest.param(network, id=str(network)) for network in NETWORKS]
-FIRST = {network.family: network for network in reversed(NETWORKS)}.values()
+FIRST = {(network.family, network.layout.get("hf_names")): network for network in reversed(NETWORKS)}.values()
 
 
 def opened(network: Network) -> tuple[Table, Shapes, dict[str, object], dict[str, str]]:
