@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import COPY, Run, interleaved
+from measure import COPY, interleaved, table
 
 TABLE = """
 schema = 1
@@ -135,22 +135,6 @@ def adapter(folder: Path, mb: int) -> None:
     config = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "adapter_model.bin").rename(folder.with_suffix(".bin"))
-
-
-def table(title: str, runs: dict[str, Run], nbytes: int) -> str:
-    """Print one comparison as Markdown: times, ratios to the copy and to us, and peak memory."""
-    ours, copy = runs["lorabridge"], runs["copy + fsync"]
-    lines = [
-        f"\n### {title} ({nbytes / 1e6:.0f} MB)\n",
-        "| command | wall s | CPU s | peak MB | copy's time / its time | times lorabridge's |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {run.wall:.2f} | {run.cpu:.2f} | {run.peak_mb:.0f} "
-        f"| {copy.wall / run.wall:.2f} | {run.wall / ours.wall:.1f} |"
-        for name, run in runs.items()
-    ]
-    return "\n".join(lines)
 
 
 def compare(title: str, source: Path, torch_file: Path, out: Path, options: list[str], times: int) -> None:

@@ -76,3 +76,19 @@ def interleaved(jobs: dict[str, Callable[[], Sequence[str]]], out: Path, times: 
                 best[name] = run
     remove(out)
     return best
+
+
+def table(title: str, runs: dict[str, Run], nbytes: int) -> str:
+    """Return one comparison as Markdown: times, ratios to the copy and to us, and peak memory."""
+    ours, copy = runs["lorabridge"], runs["copy + fsync"]
+    lines = [
+        f"\n### {title} ({nbytes / 1e6:.0f} MB)\n",
+        "| command | wall s | CPU s | peak MB | copy's time / its time | times lorabridge's |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {run.wall:.2f} | {run.cpu:.2f} | {run.peak_mb:.0f} "
+        f"| {copy.wall / run.wall:.2f} | {run.wall / ours.wall:.1f} |"
+        for name, run in runs.items()
+    ]
+    return "\n".join(lines)

@@ -19,7 +19,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from measure import COPY, Run, interleaved
+from measure import COPY, interleaved, table
 
 PEFT = """
 import sys, torch
@@ -103,22 +103,6 @@ def make(work: Path, gb: float) -> None:
     adapted.save_pretrained(work / "adapter")
 
 
-def table(runs: dict[str, Run], nbytes: int) -> str:
-    """Return the comparison as Markdown: times, ratios to the copy and to us, and peak memory."""
-    ours, copy = runs["lorabridge"], runs["copy + fsync"]
-    lines = [
-        f"\n### Merge, Llama-shaped bfloat16 base, rank 16 on seven targets ({nbytes / 1e6:.0f} MB)\n",
-        "| command | wall s | CPU s | peak MB | copy's time / its time | times lorabridge's |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {run.wall:.2f} | {run.cpu:.2f} | {run.peak_mb:.0f} "
-        f"| {copy.wall / run.wall:.2f} | {run.wall / ours.wall:.1f} |"
-        for name, run in runs.items()
-    ]
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Make the data, run the jobs, print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -151,7 +135,7 @@ def main() -> None:
                 jobs[name] = [other, "-c", code, *places]
         nbytes = sum(path.stat().st_size for path in (work / "base").glob("*.safetensors"))
         runs = interleaved({name: partial(list, job) for name, job in jobs.items()}, work / "out", args.times)
-        print(table(runs, nbytes), flush=True)
+        print(table("Merge, Llama-shaped bfloat16 base, rank 16 on seven targets", runs, nbytes), flush=True)
 
 
 if __name__ == "__main__":

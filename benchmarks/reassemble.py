@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import COPY, Run, interleaved
+from measure import COPY, interleaved, table
 
 TRANSFORM = """
 import sys, mindspore
@@ -67,22 +67,6 @@ def make(work: Path, gb: float) -> None:
         save_file(held, folder / "net.safetensors", metadata={"format": "ms"})
 
 
-def table(runs: dict[str, Run], nbytes: int) -> str:
-    """Return the comparison as Markdown."""
-    ours, copy = runs["lorabridge"], runs["copy + fsync"]
-    lines = [
-        f"\n### Reassemble, {RANKS} ranks (tensor parallel 4, optimizer shards 2), {nbytes / 1e6:.0f} MB\n",
-        "| command | wall s | CPU s | peak MB | copy's time / its time | times lorabridge's |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {run.wall:.2f} | {run.cpu:.2f} | {run.peak_mb:.0f} "
-        f"| {copy.wall / run.wall:.2f} | {run.wall / ours.wall:.1f} |"
-        for name, run in runs.items()
-    ]
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Make the data, run the jobs, print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -119,7 +103,14 @@ def main() -> None:
         if args.no_peers:
             jobs = dict(list(jobs.items())[:2])
         nbytes = sum(path.stat().st_size for path in (work / "ranks").glob("*/*.safetensors"))
-        print(table(interleaved(jobs, work / "out", args.times), nbytes), flush=True)
+        print(
+            table(
+                f"Reassemble, {RANKS} ranks (tensor parallel 4, optimizer shards 2)",
+                interleaved(jobs, work / "out", args.times),
+                nbytes,
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
