@@ -94,9 +94,15 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
 @click.command("convert", cls=Command)
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DST")
-@click.option("--from", "source_dialect", cls=Naming, type=Name("dialect", dialects), metavar="DIALECT",
-              help="Dialect of SRC, where detection is wrong or cannot decide: {names}; the last two are whole models.")
-@click.option("--to", "target_dialect", type=Name("dialect", dialects), metavar="DIALECT",
+@click.option(
+    "--from",
+    "source_dialect",
+    cls=Naming,
+    type=Name("dialect", dialects),
+    metavar="DIALECT",
+    help="Dialect of SRC, where detection is wrong or cannot decide: {names}; the last two are whole models.",
+)
+@click.option("--to", "--for", "target_dialect", type=Name("dialect", dialects), metavar="DIALECT",
               help="Dialect of DST; by default what DST's container calls for.")  # fmt: skip
 @click.option("--family", metavar="NAME", shell_complete=matching_families,
               help="Table of module names to go through; see `lorabridge tables list`.")  # fmt: skip
