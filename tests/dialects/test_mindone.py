@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from judge_diffusers import FOLDER, digest, written
 from safetensors.torch import load_file, save_file
 
 from lorabridge import ConvertOptions, convert
 from lorabridge.dialects.adapter import Fact, Facts
 from lorabridge.errors import MappingError
 
+JUDGED = json.loads((Path(__file__).parent / "mindone_judged.json").read_text("utf-8"))
 PATH = "input_blocks.4.1.transformer_blocks.1.attn2.to_k"
 FLAT = "lora_unet_" + PATH.replace(".", "_")
 MODULE = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"
@@ -101,3 +105,24 @@ def test_convolutions_have_no_layer_there(tmp_path: Path) -> None:
     with pytest.raises(MappingError, match="mindone-gm has no LoRA for conv2d") as caught:
         convert(tmp_path / "in.safetensors", tmp_path / "o.ckpt", options)
     assert caught.value.where == ("model.diffusion_model.input_blocks.4.0.in_layers.2",)
+
+
+@pytest.mark.parametrize("source", ["mixed_float16", "uniform_float16"])
+def test_what_is_written_today_is_what_mindone_loaded(source: str, tmp_path: Path) -> None:
+    verdicts = JUDGED["layers"]
+    for case, path in written(FOLDER / f"kohya_{source}.safetensors", tmp_path).items():
+        if case != "kohya":
+            verdict = verdicts[f"{source} {case}"]
+            assert verdict["digest"] == digest(path), case
+            assert verdict["layers"] == 79, case
+            assert verdict["difference"] < 2e-7, case
+    named = Facts((Fact("*", "names_of", str(tmp_path / "base.safetensors")),))
+    out = tmp_path / "pytorch_lora_weights.ckpt"
+    convert(FOLDER / f"kohya_{source}.safetensors", out, ConvertOptions(target_dialect="mindone", facts=named))
+    assert verdicts[f"{source} ckpt"]["digest"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert verdicts[f"{source} ckpt"]["difference"] < 2e-7
+
+
+def test_mindone_s_own_layer_computed_the_delta() -> None:
+    assert JUDGED["models_lora"]["unused"] == []
+    assert JUDGED["models_lora"]["difference"] < 1e-6
