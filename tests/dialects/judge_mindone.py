@@ -3,9 +3,9 @@
     python judge_mindone.py        needs mindone 0.5.0 on MindSpore 2.10 (CPU); writes mindone_judged.json
 
 ``layers``: for every written file how many layers of a tiny U-Net of MindOne's got factors, the largest difference of
-``scaling * B @ A`` from sd-scripts' delta relative to the largest element, and the file's digest, so that tests can tell
-whether lorabridge still writes what was judged. ``models_lora``: the same for the cell of ``mindone.models.lora``, whose
-output is compared. Networks are not run: MindSpore's CPU lacks kernels of theirs.
+``scaling * B @ A`` from sd-scripts' delta relative to the largest element, and the file's digest, so that tests can
+tell whether lorabridge still writes what was judged. ``models_lora``: the same for the cell of
+``mindone.models.lora``, whose output is compared. Networks are not run: MindSpore's CPU lacks kernels of theirs.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def loaded(path: Path) -> dict[str, np.ndarray]:
 def dense() -> dict[str, object]:
     """Load a converted file into MindOne's LoRADenseLayer and compare what the two matrices compute."""
     import mindspore
+    from mindone.models.lora import LoRADenseLayer
 
     from lorabridge import ConvertOptions, convert
-    from mindone.models.lora import LoRADenseLayer
 
     rng = np.random.default_rng(0)
     file = {
