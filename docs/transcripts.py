@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```\n(\$ .*?)^```$", re.MULTILINE | re.DOTALL)
-NAMES = ("verify", "unmerge", "mindformers", "diffusion", "other-dialects")
+NAMES = ("verify", "unmerge", "mindformers", "diffusion", "other-dialects", "distributed")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES))
 NUMBER = r"\d+(?:\.\d+)?(?:e[-+]\d+)?"
 VARYING = re.compile(
@@ -33,6 +33,7 @@ def rerun(text: str) -> str:
         (Path(name) / "diffusion").symlink_to(ROOT / "tests" / "dialects" / "diffusers")
         (Path(name) / "lycoris").symlink_to(ROOT / "tests" / "dialects" / "lycoris")
         (Path(name) / "mindformers").symlink_to(ROOT / "tests" / "dialects" / "mindformers_files")
+        (Path(name) / "distributed").symlink_to(ROOT / "tests" / "distributed" / "data")
         return BLOCK.sub(lambda found: f"```\n{_transcript(found[1], name)}\n```", text)
 
 

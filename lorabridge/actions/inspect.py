@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import dialects, formats
+from .. import dialects, distributed, formats
 from ..axes import Expr, ShapeError, reads
 from ..conversion.forward import dialect_named
 from ..conversion.repository import Input, open_input, weights_path
 from ..dialects.adapter import CARRIED, Adapter, Content, Dialect, Extra, Fact, Facts, LoraModule
-from ..errors import InputError, LorabridgeError
+from ..dialects.deltas import deltas
+from ..distributed.assembled import Assembled, disagreement
+from ..distributed.placing import Findings
+from ..errors import InputError, LorabridgeError, UsageError
 from ..families import tables
 from ..manifest import METADATA_KEY, Manifest
-from ..tensors import TensorSpec
+from ..tensors import Source, TensorSpec
 from .inspect_pairs import loose_pairs
+from .inspect_ranks import RanksReport, ranks_report
 from .inspect_report import InspectedModule, InspectReport, Pair, Problem, TensorRow
 from .inspect_values import Progress, Selected, with_values
 
@@ -33,20 +37,29 @@ def inspect(
     facts: Facts = UNSTATED,
     dialect: str | None = None,
     mappings: Path | None = None,
+    strategies: Sequence[Path] = (),
+    step: str | None = None,
+    slices: str | None = None,
+    check_replicas: bool = False,
     progress: Progress | None = None,
 ) -> InspectReport:
     """Describe a checkpoint from its headers, without failing on what is wrong with it.
 
     What a conversion would refuse becomes a problem in the report. ``norms`` reads the factors and adds norms;
     ``module`` (a path or a glob) adds the values of the factors of these modules. ``facts`` and ``dialect`` say what
-    the file does not. Raises InputError only where the file itself cannot be read, UsageError where ``module`` or
+    the file does not. A directory that ranks wrote is described even where they do not make up one checkpoint;
+    ``strategies`` and ``step`` are about it, ``slices`` (a name or a glob) lists who holds which slice of these
+    tensors, and ``check_replicas`` reads every copy and compares it. Raises InputError only where the file itself
+    cannot be read, UsageError where ``module``, ``slices`` or
     ``dialect`` names nothing.
     """
     problems: list[Problem] = []
-    given = _open(Path(path), config, problems)
+    given, findings = _open(Path(path), config, problems, strategies, step)
     try:
-        guess = _guess(given, facts.then(given.stated), dialect, problems)
-        adapter = _parse(guess.origin, guess.content, problems)
+        ranks = _ranks(given, findings, problems, slices=slices, compare=check_replicas)
+        told = problems if given.source.specs or not findings.broken else []  # that nothing is whole is said already
+        guess = _guess(given, facts.then(given.stated), dialect, told)
+        adapter = _parse(guess.origin, guess.content, told)
         modules = tuple(_row(m) for m in adapter.modules) if adapter else loose_pairs(guess.content.specs)
         read = _factors(adapter, modules, guess.content.specs)
         modules, factors, wrong = with_values(
@@ -54,7 +67,7 @@ def inspect(
         )
         families = _families(given, guess.origin, adapter, mappings)
         found = _describe(given, guess, adapter, modules, (*problems, *wrong))
-        return replace(found, families=tuple(families), factors=factors)
+        return replace(found, families=tuple(families), factors=factors, ranks=ranks)
     finally:
         given.source.close()
 
@@ -79,14 +92,36 @@ def _families(given: Input, origin: Dialect, adapter: Adapter | None, mappings: 
     return sorted(fitting, key=lambda family: model_type not in known[family].model_types)
 
 
-def _open(path: Path, config: Path | None, problems: list[Problem]) -> Input:
-    """Open an input; a broken config or manifest beside readable weights becomes a problem."""
+def _open(
+    path: Path, config: Path | None, problems: list[Problem], strategies: Sequence[Path], step: str | None
+) -> tuple[Input, Findings]:
+    """Open an input; a broken config or manifest beside readable weights becomes a problem, as do ranks' gaps."""
+    findings = Findings()
     try:
-        return open_input(path, config=config)
+        return open_input(path, config=config, strategies=strategies, step=step), findings
     except InputError as error:
-        source = formats.open_source(weights_path(path))
-        problems.append(Problem.of(error))
-        return Input(path, source, None, None, "", None, UNSTATED, ())
+        source: Source | None = distributed.open_distributed(path, strategies=strategies, step=step, findings=findings)
+        if source is None:
+            source = formats.open_source(weights_path(path))
+        problems.extend(map(Problem.of, findings.errors or [error]))
+        return Input(path, source, None, None, "", None, UNSTATED, ()), findings
+
+
+def _ranks(
+    given: Input, findings: Findings, problems: list[Problem], *, slices: str | None, compare: bool
+) -> RanksReport | None:
+    """Describe how a distributed checkpoint lies; None for any other."""
+    if not isinstance(given.source, Assembled):
+        if slices is not None or compare:
+            raise UsageError(
+                "slices and copies are asked for of what is no distributed checkpoint", where=str(given.path),
+                hint="leave --slices and --check-replicas out",
+            )  # fmt: skip
+        return None
+    apart = given.source.apart() if compare else None
+    if apart:
+        problems.append(Problem.of(disagreement(apart)))
+    return ranks_report(given.source, findings.broken, select=slices, apart=apart)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +161,7 @@ def _describe(
     problems: tuple[Problem, ...],
 ) -> InspectReport:
     specs, kept = guess.content.specs, guess.kept
-    contents = "adapter" if modules else "model" if adapter else "unknown"
+    contents = "adapter" if modules or (adapter and deltas(adapter)) else "model" if adapter else "unknown"
     return InspectReport(
         path=str(given.path),
         format=given.source.format,

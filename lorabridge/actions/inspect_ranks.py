@@ -80,6 +80,8 @@ class SlicedTensor:
     @property
     def copies(self) -> str:
         """Say how many ranks hold a slice, and whether they agree where that was looked at."""
+        if self.shape is None:
+            return "?"
         counts = {len(row.ranks) for row in self.slices if not row.missing} or {0}
         text = str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
         compared = [row.apart for row in self.slices if row.apart is not None and len(row.ranks) > 1]
@@ -244,7 +246,8 @@ def layouts_text(report: RanksReport, *, width: int | None) -> list[str]:
 def slices_text(tensor: SlicedTensor, *, width: int | None) -> str:
     """Spell one tensor's slices as a table."""
     shape = "of unknown shape" if tensor.shape is None else plain.shape(tensor.shape)
-    title = plain.escape(f"{tensor.name}: {shape} {tensor.dtype}, {tensor.cut}")
+    cut = tensor.problem if tensor.shape is None else tensor.cut
+    title = plain.escape(f"{tensor.name}: {shape} {tensor.dtype}, {cut}")
     rows = []
     for row in tensor.slices:
         others = "" if len(row.ranks) < 2 or row.missing else ", ".join(map(str, row.ranks[1:]))
@@ -256,7 +259,7 @@ def slices_text(tensor: SlicedTensor, *, width: int | None) -> str:
         rank = (f"({spans(row.ranks)})" if row.ranks else "none") if row.missing else str(row.ranks[0])
         rows.append((interval(row), rank, others, state))
     kept = [i for i in range(4) if i < 2 or any(line[i] for line in rows)]
-    header = ("slice", "rank", "copies on", "state")
+    header = ("slice", "rank", "copies on" if tensor.shape is not None else "also on", "state")
     return f"{title}\n" + plain.table(
         [header[i] for i in kept], [tuple(line[i] for i in kept) for line in rows], width=width
     )

@@ -142,7 +142,7 @@ class InspectReport:
         also = [f"{name} ({why})" for name, why in self.candidates if name != self.dialect]
         rows = [
             ("path", self.path),
-            ("container", f"{self.format}: {held}, {dtypes}"),
+            ("container", f"{self.format}: {held}{', ' if dtypes else ''}{dtypes}"),
             ("ranks", self.ranks.head if self.ranks else ""),
             ("contents", self.contents),
             ("dialect", f"{self.dialect or 'none recognised'}{f': {self.why}' if self.why else ''}"),
