@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
         ("docs/mindformers.md", 4),
         ("docs/diffusion.md", 8),
         ("docs/other-dialects.md", 10),
+        ("docs/distributed.md", 9),
     ],
 )
 def test_transcripts_are_real(page: str, commands: int) -> None:

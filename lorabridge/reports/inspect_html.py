@@ -111,9 +111,10 @@ LEGEND = (
 
 
 def _tensor(tensor: SlicedTensor, ranks: int) -> str:
-    shape = "shape unknown" if tensor.shape is None else plain.shape(tensor.shape)
+    known = f", {tensor.cut}, copies {tensor.copies}"
+    shape = "shape unknown," if tensor.shape is None else plain.shape(tensor.shape)
     stage = f", stage {tensor.stage}" if tensor.stage else ""
-    said = f"{shape} {tensor.dtype}, {tensor.cut}, copies {tensor.copies}{stage}"
+    said = f"{shape} {tensor.dtype}{known if tensor.shape is not None else ''}{stage}"
     wrong = f'<p class="bad" style="color:var(--bad)">{html_text(tensor.problem)}</p>' if tensor.problem else ""
     drawings = "".join(
         f"<div>{drawing}</div>"

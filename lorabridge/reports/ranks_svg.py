@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .plain import html_text
@@ -111,7 +112,7 @@ def device_grid(tensor: SlicedTensor, ranks: int) -> str:
     held: dict[int, SliceRow] = {}
     for row in tensor.slices:
         for rank in row.ranks:
-            held.setdefault(rank, row)
+            held.setdefault(rank, row if tensor.shape is not None else replace(row, ranks=(rank,)))
     devices = math.prod(tensor.grid)
     first, grid = tensor.stage * devices, tensor.grid
     if not grid or not all(first <= rank < first + devices for rank in held):
