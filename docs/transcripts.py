@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```\n(\$ .*?)^```$", re.MULTILINE | re.DOTALL)
-NAMES = ("verify", "unmerge", "mindformers", "diffusion", "other-dialects", "distributed")
+NAMES = ("verify", "unmerge", "mindformers", "diffusion", "other-dialects", "distributed", "mindpet")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES))
 NUMBER = r"\d+(?:\.\d+)?(?:e[-+]\d+)?"
 VARYING = re.compile(

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
         ("docs/diffusion.md", 8),
         ("docs/other-dialects.md", 10),
         ("docs/distributed.md", 9),
+        ("docs/mindpet.md", 4),
     ],
 )
 def test_transcripts_are_real(page: str, commands: int) -> None:
