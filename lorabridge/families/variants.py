@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 from ..errors import MappingError, UsageError
 from ..names import Template
@@ -30,10 +31,10 @@ class Hit:
 
 
 class Index:
-    """Every template of one side of a table, found by a name's first and last segment."""
+    """Every template of one side of a table, found by a name's first and last segment and its number of dots."""
 
     def __init__(self, table: Table, side: SideName, prefixes: Iterable[str]) -> None:
-        self._buckets: dict[tuple[str, str], list[tuple[Template, Owner, str | None]]] = {}
+        self._buckets: dict[tuple[str, str, int], list[tuple[Template, Owner, str | None]]] = {}
         prefixes = tuple(prefixes)
         for slot in slots(table, side):
             self._add(slot.template, slot, prefixes if slot.rule.prefixed else ())
@@ -53,19 +54,30 @@ class Index:
             whole = len(full.pieces) == 1
             first, dot, _ = full.head.partition(".")
             _, last_dot, last = full.tail.rpartition(".")
-            key = (first if whole or dot else "", last if whole or last_dot else "")
+            key = (first if whole or dot else "", last if whole or last_dot else "", _dots(full))
             self._buckets.setdefault(key, []).append((full, what, prefix))
 
     def find(self, name: str) -> list[Hit]:
         """Return every reading of a name."""
-        first, last = name.partition(".")[0], name.rpartition(".")[2]
+        first, last, dots = name.partition(".")[0], name.rpartition(".")[2], name.count(".")
         hits = []
-        for key in ((first, last), (first, ""), ("", last), ("", "")):
+        for key in product((first, ""), (last, ""), (dots, -1)):
             for template, what, prefix in self._buckets.get(key, ()):
                 bindings = template.match(name)
                 if bindings is not None:
                     hits.append(Hit(what, bindings, prefix))
         return hits
+
+
+def _dots(template: Template) -> int:
+    """Return how many dots every matching name has; -1 where options differ in it."""
+    dots = 0
+    for piece in template.pieces:
+        found = {text.count(".") for text in ((piece,) if isinstance(piece, str) else piece.options or ("",))}
+        if len(found) > 1:
+            return -1
+        dots += found.pop()
+    return dots
 
 
 @dataclass(frozen=True, slots=True)
