@@ -197,3 +197,30 @@ def test_what_no_rule_cuts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         opened(tmp_path)
     assert "decoder.layers.0.mixer.in_proj.weight: no rule says how tensor parallelism cut it" in caught.value.where
+
+
+def test_virtual_stages_take_turns(tmp_path: Path) -> None:
+    """Chunk c of stage p holds the layers after those of all earlier chunks, and of earlier stages of its own."""
+    for stage in range(2):
+        folder = tmp_path / "iter_0000001" / f"mp_rank_00_00{stage}"
+        folder.mkdir(parents=True)
+        chunks = {
+            f"model{chunk}": {
+                f"decoder.layers.{layer}.mlp.linear_fc2.weight": torch.full((1,), 4.0 * chunk + 2 * stage + layer)
+                for layer in range(2)
+            }
+            for chunk in range(2)
+        }
+        torch.save({"checkpoint_version": 3.0, **chunks}, folder / "model_optim_rng.pt")
+    ours = values(opened(tmp_path))
+    assert {name: float(value) for name, value in ours.items()} == {
+        f"decoder.layers.{layer}.mlp.linear_fc2.weight": float(layer) for layer in range(8)
+    }
+
+
+def test_states_of_one_rank_need_no_rules(tmp_path: Path) -> None:
+    folder = tmp_path / "iter_0000001" / "mp_rank_00"
+    folder.mkdir(parents=True)
+    nested = {"language_model": {"encoder": {"layers.0.mixer.in_proj.weight": torch.ones(3)}}}
+    torch.save({"model": nested, "optimizer": {"step": 3}, "iteration": 1}, folder / "model_optim_rng.pt")
+    assert list(opened(tmp_path).specs) == ["language_model.encoder.layers.0.mixer.in_proj.weight"]
