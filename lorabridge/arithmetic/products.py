@@ -27,7 +27,7 @@ from ..dtypes import BY_NAME, DType
 if TYPE_CHECKING:
     from .lowrank import Matrix
 
-KERNELS = ("constant", "identity", "khatri_rao", "kronecker", "contract")
+KERNELS = ("constant", "identity", "khatri_rao", "kronecker", "contract", "scale_rows")
 """Names of the kernels that :func:`compute` knows."""
 
 Pair = tuple[Expr, Expr]
@@ -68,6 +68,14 @@ def contract(core: Expr, down: Expr, dtype: DType) -> Expr:
     if len(core.shape) < 2 or len(down.shape) != 2 or core.shape[1] != down.shape[0]:
         raise ShapeError(f"{core.shape} and {down.shape} have no axis in common")
     return Compute("contract", (core, down), (), "", dtype, (core.shape[0], down.shape[1], *core.shape[2:]))
+
+
+def scale_rows(x: Expr, factors: Expr, dtype: DType) -> Expr:
+    """Multiply every row of ``x`` ``[m, n]`` by its own factor of ``factors`` ``[m]`` or ``[m, 1]``, rounded once."""
+    column = reshape(factors, (math.prod(factors.shape), 1))
+    if len(x.shape) != 2 or x.shape[0] != column.shape[0]:
+        raise ShapeError(f"{factors.shape} is not one factor for each row of {x.shape}")
+    return Compute("scale_rows", (x, column), (), "", dtype, x.shape)
 
 
 def hadamard_pair(first: Pair, second: Pair, dtype: DType | None = None) -> Pair:
@@ -126,6 +134,8 @@ def compute(kernel: str, args: Sequence[Matrix], shape: Sequence[int], value: fl
     if kernel == "identity":
         return np.eye(shape[0])
     x, y = args
+    if kernel == "scale_rows":
+        return np.asarray(x * y)
     if kernel == "khatri_rao":
         return np.asarray((x[:, None, :] * y[None, :, :]).reshape(tuple(shape)))
     if kernel == "kronecker":

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .. import formats
-from ..dialects import flattened
+from ..dialects import flattened, peft_tuners
 from ..dialects.adapter import Fact, Facts
 from ..errors import InputError
 from ..tensors import Source, TensorSpec
@@ -55,7 +55,7 @@ def _number(source: Source, spec: TensorSpec) -> float:
 
 
 def modules(facts: Facts, specs: Mapping[str, TensorSpec]) -> Facts:
-    """Look flattened names up in the base model that the fact ``names_of`` gives the path of.
+    """Look flattened names, and the modules of peft's other tuners, up in the base that ``names_of`` gives the path of.
 
     Nothing where the fact names a known pipeline, or where the modules are known already. Raises MappingError for
     names without a module, InputError for files that cannot be read.
@@ -63,6 +63,10 @@ def modules(facts: Facts, specs: Mapping[str, TensorSpec]) -> Facts:
     base = facts.get("*", "names_of")
     if not isinstance(base, str) or facts.read("module") or not Path(base).exists():
         return Facts()
+    tuned = peft_tuners.paths(specs)
+    if tuned:
+        weights = _weights(Path(base))
+        return Facts(tuple(Fact(path, "module", [path, *weights[path]]) for path in tuned if path in weights))
     names = dict.fromkeys(name.partition(".")[0] for name in specs if flattened.prefix_of(name))
     found = flattened.resolve_in(names, base_modules(Path(base)), base)
     return Facts(tuple(Fact(name, "module", [path, *shape]) for name, (path, shape) in found.items()))

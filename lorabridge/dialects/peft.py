@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import MappingError
+from . import peft_tuners
 from .adapter import Adapter, Content, Facts, Written
 from .optimizer import training_state
 from .pairs import in_mindspore
@@ -43,7 +44,10 @@ class Peft:
 
         MappingError: unknown or refused config fields, several adapters or prefixes in one file, half pairs, ranks
         that contradict the config, tensors of ZeRO-3 shards, a missing alpha, tensors that belong to nothing.
+        What peft_types other than LORA become ``peft_tuners`` says.
         """
+        if (content.config or {}).get("peft_type", "LORA") != "LORA":
+            return peft_tuners.parse(content)
         settings = read_settings(content.config, content.path)
         left_out = training_state(content.specs)
         skipped = {name for name, _ in left_out}
