@@ -133,6 +133,12 @@ def test_frameworks_are_imported_in_their_two_homes_only(module: str) -> None:
     assert found == []
 
 
+def test_ray_is_imported_in_one_module_and_only_when_it_is_used() -> None:
+    homes = {module for module in MODULES for name, _ in imports(module) if unit(name) == "ray"}
+    assert homes == {"conversion.engine_ray"}
+    assert not [name for name, _ in imports("conversion.engine_ray", top=True) if unit(name) == "ray"]
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_click_and_tqdm_live_in_the_commands_only(module: str) -> None:
     if unit(module) == "commands":

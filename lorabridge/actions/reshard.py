@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from .. import formats
 from ..axes import Expr, read
-from ..conversion import execute, plan
+from ..conversion import engines, plan
+from ..conversion.engines import Engine
 from ..conversion.repository import Input, files_of, open_input
 from ..distributed.assembled import Assembled
 from ..distributed.dcpsink import DcpSink, chunks
@@ -24,9 +24,9 @@ from ..errors import MappingError, OutputError, UsageError, counted
 from ..files.fsio import Staging, require_space
 from ..formats.shardsink import split
 from ..formats.untrusted import shown
-from ..tensors import Sink, TensorSpec
+from ..tensors import Sink, Source, TensorSpec
 from .convert_report import ConvertReport
-from .whole import WholeOptions, write_whole
+from .whole import WholeOptions, absolute, write_whole
 
 Progress = Callable[[int, int], None]
 Stages = Mapping[int, Mapping[str, Layout]]
@@ -52,6 +52,20 @@ class ReshardOptions:
     workers: int = 0
     dry_run: bool = False
     overwrite: bool = False
+    engine: Engine = field(default_factory=Engine)
+
+
+@dataclass(frozen=True, slots=True)
+class ReshardRecipe:
+    """What ``options`` cut a source into, see ``conversion.shares.Recipe``. Absolute paths."""
+
+    source: Path
+    options: ReshardOptions
+
+    def open(self) -> tuple[plan.Plan, Source]:
+        """Open the source and plan the cuts."""
+        given = open_input(self.source, strategies=self.options.strategies, step=self.options.step)
+        return _plan(given, self.options)[0], given.source
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +107,8 @@ def reshard(
     started = time.perf_counter()
     given = open_input(Path(source), strategies=options.strategies, step=options.step)
     try:
-        stages: Stages = {}
-        whole: tuple[str, ...] = ()
-        if options.dcp is not None:
-            outputs = chunks(given.source.specs, _dcp_ranks(options))
-        else:
-            stages = _stages(given, options)
-            outputs, whole = _cut(given.source.specs, stages)
-        planned = plan.build(given.source.specs, outputs, seed="reshard")
+        options.engine.check()
+        planned, stages, whole = _plan(given, options)
         if not options.dry_run:
             _write(given, Path(target), planned, stages, options, progress)
         devices = next((layout.devices for layouts in stages.values() for layout in layouts.values()), options.dcp or 0)
@@ -120,6 +128,23 @@ def reshard(
         )
     finally:
         given.source.close()
+
+
+def _plan(given: Input, options: ReshardOptions) -> tuple[plan.Plan, Stages, tuple[str, ...]]:
+    """Return the plan, the target's layouts, and the names of what every rank holds."""
+    stages: Stages = {}
+    whole: tuple[str, ...] = ()
+    if options.dcp is not None:
+        outputs = chunks(given.source.specs, _dcp_ranks(options))
+    else:
+        stages = _stages(given, options)
+        outputs, whole = _cut(given.source.specs, stages)
+    return plan.build(given.source.specs, outputs, seed="reshard"), stages, whole
+
+
+def _recipe(given: Input, options: ReshardOptions) -> ReshardRecipe:
+    strategies, to = absolute(options.strategies), absolute(options.to)
+    return ReshardRecipe(given.path.absolute(), replace(options, strategies=strategies, to=to, engine=Engine()))
 
 
 def _dcp_ranks(options: ReshardOptions) -> int:
@@ -208,14 +233,15 @@ def _write(
     suffix = ".ckpt" if format == "mindspore" else ".safetensors"
     known: Mapping[str, object] = {"flavour": "ms"} if format == "safetensors" else {}
     with Staging(
-        target, digest=_identity(given, planned, format), overwrite=options.overwrite, directory=True
+        target.absolute(), digest=_identity(given, planned, format), overwrite=options.overwrite, directory=True
     ) as staging:
         sink: Sink = DcpSink(staging.create)
         if options.dcp is None:
             sink = RanksSink(formats.container(format), staging.create, f"checkpoint{suffix}", options=known)
-        execute.run(
-            planned, given.source, sink, kernels=lambda name: {}, metadata={"format": "ms"},
-            workers=options.workers or min(8, len(os.sched_getaffinity(0))), progress=progress,
+        engines.run(
+            planned, given.source, sink, engine=options.engine, recipe=_recipe(given, options),
+            format="PyTorch's DCP" if options.dcp else format, metadata={"format": "ms"},
+            workers=options.workers, progress=progress,
         )  # fmt: skip
         for number, stage in enumerate(sorted(stages)):
             file = staging.create(f"strategy/strategy_{number}.ckpt")
@@ -253,7 +279,7 @@ def reshard_files(
         size = max_size if max_size is not None else _size_for(specs, shards or 1)
         kept = WholeOptions(
             size, check_replicas=options.check_replicas, workers=options.workers, dry_run=options.dry_run,
-            overwrite=options.overwrite,
+            overwrite=options.overwrite, strategies=options.strategies, step=options.step, engine=options.engine,
         )  # fmt: skip
         return write_whole(given, f"{str(target).rstrip('/')}/", kept, progress=progress, started=started)
     finally:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import formats
 from ..axes import read
-from ..conversion import execute, plan
-from ..conversion.repository import Framework, Input, files_of, plan_output
+from ..conversion import engines, plan
+from ..conversion.engines import Engine
+from ..conversion.repository import Framework, Input, files_of, open_input, plan_output
 from ..distributed.assembled import Assembled
 from ..errors import OutputError, UsageError
 from ..files.fsio import Staging, require_space
+from ..tensors import Source
 from .convert_report import ConvertReport
 
 Progress = Callable[[int, int], None]
@@ -23,7 +25,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class WholeOptions:
-    """How a checkpoint is written; see ``lorabridge reassemble --help``."""
+    """How a checkpoint is written; see ``lorabridge reassemble --help``.
+
+    ``strategies`` and ``step``: what the source was opened with, for an ``engine`` that opens it again elsewhere.
+    """
 
     max_shard_size: int | None = None
     crc: bool = False
@@ -31,6 +36,27 @@ class WholeOptions:
     workers: int = 0
     dry_run: bool = False
     overwrite: bool = False
+    strategies: tuple[Path, ...] = ()
+    step: str | None = None
+    engine: Engine = field(default_factory=Engine)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeRecipe:
+    """Every tensor under its own name, see ``conversion.shares.Recipe``. Absolute paths."""
+
+    source: Path
+    strategies: tuple[Path, ...]
+    step: str | None
+
+    def open(self) -> tuple[plan.Plan, Source]:
+        """Open the source and plan its copy."""
+        source = open_input(self.source, strategies=self.strategies, step=self.step).source
+        return _plan(source), source
+
+
+def _plan(source: Source) -> plan.Plan:
+    return plan.build(source.specs, [(name, read(spec)) for name, spec in source.specs.items()], seed="whole")
 
 
 def framework_of_source(given: Input) -> Framework:
@@ -53,7 +79,8 @@ def write_whole(
         raise OutputError("the output lies on or inside the input", where=str(target), hint="write elsewhere")
     if options.max_shard_size is not None and not output.directory:
         raise UsageError("--max-shard-size needs a directory", where=str(target), hint="end DST with a slash")
-    planned = plan.build(given.source.specs, [(n, read(spec)) for n, spec in given.source.specs.items()], seed="whole")
+    options.engine.check()
+    planned = _plan(given.source)
     if not options.dry_run:
         if options.check_replicas and isinstance(given.source, Assembled):
             given.source.check_replicas()
@@ -63,19 +90,25 @@ def write_whole(
             status = path.stat()
             digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
         with Staging(
-            output.target, digest=digest.hexdigest(), overwrite=options.overwrite, directory=output.directory
+            output.target.absolute(), digest=digest.hexdigest(), overwrite=options.overwrite, directory=output.directory
         ) as staging:
             sink = formats.make_sink(
                 output.format, staging.create, output.file, max_shard_size=options.max_shard_size,
                 flavour="ms" if framework == "mindspore" else "hf", crc=options.crc,
             )  # fmt: skip
-            execute.run(
-                planned, given.source, sink, kernels=lambda name: {},
+            recipe = WholeRecipe(given.path.absolute(), absolute(options.strategies), options.step)
+            engines.run(
+                planned, given.source, sink, engine=options.engine, recipe=recipe, format=output.format,
                 metadata={"format": "ms" if framework == "mindspore" else "pt"},
-                workers=options.workers or _workers(), progress=progress,
+                workers=options.workers, progress=progress,
             )  # fmt: skip
             staging.commit()
     return _report(given, str(output.target), output.format, framework, planned, options, time.perf_counter() - started)
+
+
+def absolute(paths: Sequence[Path]) -> tuple[Path, ...]:
+    """Return paths as other processes can open them."""
+    return tuple(path.absolute() for path in paths)
 
 
 def _workers() -> int:

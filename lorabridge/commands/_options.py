@@ -112,6 +112,18 @@ def output_options(command: F) -> F:
     return command
 
 
+def engine_options(command: F) -> F:
+    """Add --engine and --address."""
+    for option in (
+        click.option("--address", metavar="ADDR", help="Of a Ray cluster that runs: HOST:6379, auto."),
+        click.option("--engine", type=click.Choice(["process", "ray"]), default="process", show_default=True,
+                     help="Who writes: threads of this process, or the machines of a Ray cluster that share its "
+                     "file systems. The output does not depend on it."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def progress_option(command: F) -> F:
     """Add --no-progress."""
     return click.option("--no-progress", is_flag=True, help="Show no progress, not even on a terminal.")(command)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import Literal, Unpack
 
 import click
 
 from ._group import Command, Manual, documented
+from ._options import engine_options
 from ._progress import Progress
 from ._terminal import Output
 from ._values import known_family
@@ -22,6 +23,8 @@ class Given(ConvertGiven):
     strategies: tuple[Path, ...]
     step: str | None
     check_replicas: bool
+    engine: Literal["process", "ray"]
+    address: str | None
 
 
 @documented(
@@ -30,7 +33,11 @@ class Given(ConvertGiven):
             "SRC": "A directory that ranks wrote: rank_0, rank_1 ...",
             "DST": "A file, whose suffix decides the container (.safetensors, .bin/.pt, .ckpt), or a directory.",
         },
-        groups={"Ranks": ("strategies", "step", "check_replicas"), **convert.manual.groups},
+        groups={
+            "Ranks": ("strategies", "step", "check_replicas"),
+            "Machines": ("engine", "address"),
+            **convert.manual.groups,
+        },
         examples=(
             "lorabridge reassemble checkpoint/ whole.safetensors --strategy strategy/",
             "lorabridge reassemble checkpoint/ adapter/ --to peft --family llama",
@@ -45,6 +52,7 @@ class Given(ConvertGiven):
 @click.option("--step", metavar="EPOCH_STEP", help="Which checkpoint, where the ranks hold several: 2_1000.")
 @click.option("--check-replicas/--no-check-replicas", default=True, show_default=True,
               help="Compare all copies of a slice before anything is written.")  # fmt: skip
+@engine_options
 def reassemble(source: Path, target: str, **given: Unpack[Given]) -> None:
     """Put a distributed checkpoint together into one.
 
@@ -58,9 +66,11 @@ def reassemble(source: Path, target: str, **given: Unpack[Given]) -> None:
         options_of(given), strategies=given["strategies"], step=given["step"], check_replicas=given["check_replicas"]
     )
     from ..actions.reassemble import reassemble as run
+    from ..conversion.engines import Engine
 
+    engine = Engine(given["engine"], given["address"])
     with Progress("reassembling", enabled=not (given["no_progress"] or given["quiet"])) as progress:
-        done = run(source, target, options, progress=progress)
+        done = run(source, target, options, progress=progress, engine=engine)
     if out.json:
         out.document(done.as_json())
         return

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 import click
 
 from ..reports import plain
 from ._group import Command, Manual, documented
-from ._options import output_options, progress_option
+from ._options import engine_options, output_options, progress_option
 from ._progress import Progress
 from ._terminal import Output
 from ._values import Size
@@ -38,6 +38,8 @@ class Given(TypedDict):
     workers: int
     dry_run: bool
     overwrite: bool
+    engine: Literal["process", "ray"]
+    address: str | None
     json: bool
     quiet: bool
     verbose: bool
@@ -55,6 +57,7 @@ class Given(TypedDict):
             "To MindSpore's ranks": ("strategies", "tp", "pp", "opt_shard", "replicas", "cuts", "format"),
             "To something else": ("dcp", "shards", "max_shard_size"),
             "Writing": ("workers", "dry_run", "overwrite"),
+            "Machines": ("engine", "address"),
             "Output": ("json", "quiet", "verbose", "no_progress"),
         },
         examples=(
@@ -94,6 +97,7 @@ class Given(TypedDict):
               help="Threads; by default one per CPU, at most 8. The output does not depend on it.")  # fmt: skip
 @click.option("-n", "--dry-run", is_flag=True, help="Plan and report; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace DST, in one step, if it exists.")
+@engine_options
 @output_options
 @progress_option
 def reshard(source: Path, target: str, **given: Unpack[Given]) -> None:
@@ -143,6 +147,7 @@ def reshard(source: Path, target: str, **given: Unpack[Given]) -> None:
 
 def _options(given: Given) -> ReshardOptions:
     from ..actions.reshard import ReshardOptions
+    from ..conversion.engines import Engine
     from ..distributed.parallel import Sizes
 
     asked = (given["tp"], given["pp"], given["opt_shard"], given["replicas"])
@@ -155,7 +160,7 @@ def _options(given: Given) -> ReshardOptions:
         dcp=given["dcp"],
         format="mindspore" if given["format"] == "ckpt" else "safetensors" if given["format"] else None,
         check_replicas=given["check_replicas"], workers=given["workers"], dry_run=given["dry_run"],
-        overwrite=given["overwrite"],
+        overwrite=given["overwrite"], engine=Engine(given["engine"], given["address"]),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +37,7 @@ _INTERVAL = 0.05
 
 Kernels = Callable[[str], Mapping[str, Kernel]]
 Progress = Callable[[int, int], None]
+Identity = tuple[int, int, int, int] | None
 
 
 @dataclass(frozen=True)
@@ -71,22 +72,37 @@ def run(
     started = time.perf_counter()
     refuse_packed(plan)
     extents = {name: source.extents(name) for step in plan.steps for name in step.reads}
-    before = _identities(source, extents)
+    before = identities(source, extents)
     sink.begin(plan.specs, metadata)
     meter = _Meter(plan.nbytes, progress)
     hashes = {spec.name: hashlib.sha256() for spec in plan.specs} if digests else {}
     tasks = deque(ordered(cut(plan, extents, whole=digests), workers))
     _Work(source, sink, kernels, hashes, meter, _Gate(memory), tasks).all(workers)
-    changed = sorted(str(path) for path, was in before.items() if _identity(path) != was)
-    if changed:
-        raise InputError("input files changed during the run", where=changed, hint="run again when they are complete")
+    check_unchanged(before)
     sink.finish()
     meter.end()
     seconds = time.perf_counter() - started
     return Outcome({name: h.hexdigest() for name, h in hashes.items()}, seconds, meter.copied, meter.computed)
 
 
-def _identity(path: Path) -> tuple[int, int, int, int] | None:
+def perform(tasks: Iterable[Task], source: Source, sink: Sink, *, kernels: Kernels) -> int:
+    """Do some tasks of a plan in this thread, one after the other, and return how many bytes they wrote.
+
+    The sink is neither begun nor finished. What one task holds is all the memory that is taken.
+    """
+    meter = _Meter(0, None)
+    _Work(source, sink, kernels, {}, meter, _Gate(MEMORY), deque(tasks)).all(1)
+    return meter.copied + meter.computed
+
+
+def check_unchanged(before: Mapping[Path, Identity]) -> None:
+    """Refuse files that are no longer what :func:`identities` saw: an InputError lists them."""
+    changed = sorted(str(path) for path, was in before.items() if _identity(path) != was)
+    if changed:
+        raise InputError("input files changed during the run", where=changed, hint="run again when they are complete")
+
+
+def _identity(path: Path) -> Identity:
     try:
         status = os.stat(path)
     except OSError:
@@ -94,9 +110,8 @@ def _identity(path: Path) -> tuple[int, int, int, int] | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _identities(
-    source: Source, extents: Mapping[str, tuple[Extent, ...]]
-) -> dict[Path, tuple[int, int, int, int] | None]:
+def identities(source: Source, extents: Mapping[str, tuple[Extent, ...]]) -> dict[Path, Identity]:
+    """Return what tells each input file from another or changed one: device, inode, size, mtime_ns; None if absent."""
     paths = {extent.path for ranges in extents.values() for extent in ranges}
     if source.path.is_file():
         paths.add(source.path)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..formats.ranges import ranged
 from ..tensors import Extent, Sink, TensorSpec
 
 if TYPE_CHECKING:
@@ -64,6 +65,19 @@ class RanksSink:
         folder, _, own = name.partition("/")
         self._sinks[folder].copy(own, offset, extent)
         self._count(folder, extent.length)
+
+    def ranges(self, name: str) -> tuple[Extent, ...]:
+        """Return where the folder's file holds the tensor, see ``formats.ranges``."""
+        folder, _, own = name.partition("/")
+        return ranged(self._sinks[folder], self._module.NAME).ranges(own)
+
+    def settle(self, name: str) -> None:
+        """Count a tensor as written by another process."""
+        folder, _, own = name.partition("/")
+        sink = ranged(self._sinks[folder], self._module.NAME)
+        length = sum(extent.length for extent in sink.ranges(own))
+        sink.settle(own)
+        self._count(folder, length)
 
     def finish(self) -> None:
         """Finish the files that are still open."""

@@ -48,7 +48,7 @@ def make_sink(
         )
     from .encrypted import sealing
 
-    return CkptSink(sealing(create, encryption), filename, crc=False)
+    return CkptSink(sealing(create, encryption), filename, crc=False, sealed=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +68,13 @@ class CkptSink:
     tensors follow, so it must precede every ``write`` and ``copy``.
     """
 
-    def __init__(self, create: Callable[[str], OutFile | SealedFile], filename: str, *, crc: bool) -> None:
+    def __init__(
+        self, create: Callable[[str], OutFile | SealedFile], filename: str, *, crc: bool, sealed: bool = False
+    ) -> None:
         self._create = create
         self._filename = filename
         self._crc = crc
+        self._sealed = sealed
         self._contents: dict[str, _Content] = {}
         self._size = 0
         self._out: OutFile | SealedFile | None = None
@@ -111,6 +114,21 @@ class CkptSink:
         out = self._opened()
         for at, first, length in self._pieces(name, offset, extent.length):
             out.copy(at, extent.path, extent.offset + first, length)
+
+    def ranges(self, name: str) -> tuple[Extent, ...]:
+        """Return where the staged file holds the tensor, see ``formats.ranges``; a UsageError with a checksum."""
+        out = self._opened()
+        if self._crc or self._sealed:
+            raise UsageError(
+                "a .ckpt with a checksum or encryption cannot be written by several machines",
+                where=shown(self._filename),
+                hint="leave --crc and --encrypt out, or use --engine process",
+            )
+        nbytes = self._contents[name].nbytes
+        return tuple(Extent(out.path, at, length) for at, _, length in self._pieces(name, 0, nbytes))
+
+    def settle(self, name: str) -> None:
+        """Take note of nothing: what another process wrote lies in its place."""
 
     def finish(self) -> None:
         """Append the checksum where it is wanted, or where the data would else be taken for one; flush and close."""

@@ -281,6 +281,17 @@ class SafetensorsSink:
         if extent.length:
             out.copy(at, extent.path, extent.offset, extent.length)
 
+    def ranges(self, name: str) -> tuple[Extent, ...]:
+        """Return where the staged file holds the tensor, see ``formats.ranges``."""
+        if self._out is None:
+            raise RuntimeError("begin() has not run")
+        return (Extent(self._out.path, *self._places[name]),)
+
+    def settle(self, name: str) -> None:
+        """Count a tensor as written by another process."""
+        with self._lock:
+            self._missing.pop(name, None)
+
     def finish(self) -> None:
         """Flush the file. LorabridgeError when a tensor was not written whole: a defect, never the input's fault."""
         if self._out is None or self._missing:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from ..errors import UsageError
 from ..tensors import Extent, Sink, TensorSpec
+from .ranges import ranged
 
 if TYPE_CHECKING:
     from ..files.fsio import OutFile
@@ -107,6 +108,16 @@ class ShardedSink:
         part = self._homes[name]
         self._begun(part).copy(name, offset, extent)
         self._count(part, extent.length)
+
+    def ranges(self, name: str) -> tuple[Extent, ...]:
+        """Return where the tensor's shard holds it, see ``formats.ranges``; the shard's file is made for it."""
+        return ranged(self._begun(self._homes[name]), self._module.NAME).ranges(name)
+
+    def settle(self, name: str) -> None:
+        """Count a tensor as written by another process."""
+        part = self._homes[name]
+        ranged(self._begun(part), self._module.NAME).settle(name)
+        self._count(part, sum(extent.length for extent in self.ranges(name)))
 
     def finish(self) -> None:
         """Finish the shards that are still open, then write the index."""
