@@ -209,7 +209,8 @@ class _Tuner:
             self.problems.add(
                 "VeRA's random projections are not in the file (save_projection was false)",
                 ", ".join(name for name in SHARED if name not in shared),
-                "load it in peft, set model.peft_config['default'].save_projection = True and save it again",
+                f"make a LoRA of it in peft: peft.save_as_lora(path, model, rank={d.shape[0]}); training with "
+                "save_projection=True keeps them in the file",
             )
             return None
         whole_a, whole_b = (read(shared[name]) for name in SHARED)

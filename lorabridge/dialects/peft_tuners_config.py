@@ -15,7 +15,7 @@ TUNERS = {"ADALORA": "AdaLoRA", "VERA": "VeRA", "LOHA": "LoHa", "LOKR": "LoKr"}
 """peft_type to name of what ``as = lora`` writes as LoRA."""
 
 MERGE = "merge it into the base in peft with merge_and_unload, and convert the model"
-FACTORISE = "make a LoRA of it with peft.convert_to_lora, which says the rank and the error, or " + MERGE
+FACTORISE = "make a LoRA of it with peft.convert_to_lora, of a rank that you choose, or " + MERGE
 STAY = "it stays in peft: no weight of the model holds it"
 
 MULTIPLIED = {
@@ -26,6 +26,8 @@ MULTIPLIED = {
     "HIRA": "HiRA multiplies the base weight element by element",
     "ROAD": "RoAd rotates and scales activations",
     "GLORA": "GLoRA's delta depends on the base weight",
+    "DEFT": "DEFT projects the base weight",
+    "PEANUT": "PEANuT computes its update from the base weight",
 }
 ADDED = {
     "C3A": "C3A adds block-circulant matrices",
@@ -33,7 +35,7 @@ ADDED = {
     "FOURIERFT": "FourierFT adds a matrix that is sparse in frequencies",
     "GRALORA": "GraLoRA adds blocks of factors",
     "MISS": "MiSS adds a shared block, repeated",
-    "PSOFT": "PSOFT rotates a subspace of the base weight",
+    "PSOFT": "PSOFT turns a principal subspace of the base weight",
     "RANDLORA": "RandLora adds scaled random matrices of full rank",
     "TINYLORA": "TinyLoRA adds a combination of directions of the base weight",
     "UNILORA": "Uni-LoRA projects one vector into all factors",
@@ -47,7 +49,10 @@ REPLACED = {
     "TRAINABLE_TOKENS": "it trains rows of an embedding and no factors",
     "BEFT": "BEFT trains biases and no factors",
     "OSF": "OSF trains parts of the base weight's own decomposition",
-    "PVERA": "PVeRA samples its factors",
+    "PVERA": "PVeRA learns distributions of its factors",
+    "FROD": "FRoD writes the adapted weight itself as a decomposition that layers share",
+    "ADAMSS": "AdaMSS adds factors in clusters of a subspace of the base weight",
+    "SUPERTUNING": "Super-Tuning trains single entries of the base weight",
 }
 INPUTS = {
     "MULTITASK_PROMPT_TUNING": "multitask prompt tuning prepends trained inputs",
@@ -55,6 +60,8 @@ INPUTS = {
     "CPT": "CPT prepends trained inputs",
     "CARTRIDGE": "a cartridge is a trained cache of keys and values",
     "XLORA": "X-LoRA mixes several LoRAs by the input",
+    "LILY": "Lily routes between several factors by the input",
+    "SHADOW": "ShadowPEFT runs a second network beside the model",
     "POLY": "Poly mixes several LoRAs by the task",
 }
 PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
