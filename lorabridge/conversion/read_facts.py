@@ -26,8 +26,8 @@ _ORIGINAL = {
     "conditioner.embedders.0.transformer.": "text_encoder",
 }
 _FIRST = {
-    "down_blocks": "unet", "up_blocks": "unet", "mid_block": "unet", "input_blocks": "unet", "double_blocks": "transformer",
-    "transformer_blocks": "transformer", "joint_blocks": "transformer", "text_model": "text_encoder",
+    "down_blocks": "unet", "up_blocks": "unet", "mid_block": "unet", "input_blocks": "unet",
+    "double_blocks": "transformer", "transformer_blocks": "transformer", "joint_blocks": "transformer", "text_model": "text_encoder",
 }  # fmt: skip
 
 

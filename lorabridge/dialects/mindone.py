@@ -6,8 +6,8 @@
 | ``mindone-gm`` | ``examples/stable_diffusion_xl`` | ``P.lora_A.weight``, ``P.lora_B.weight`` | ``P.weight`` |
 
 All layers share one rank. ``mindone-lora``, used by the examples of Stable Diffusion 2, multiplies by a ``scale`` that
-is an argument of the network, not ``alpha / rank``; ``mindone-gm`` by ``lora_alpha / lora_dim``. Neither is in the file,
-so alpha has to be stated; for a ``scale`` it is ``scale * rank``. P is the path in the original code
+is an argument of the network, not ``alpha / rank``; ``mindone-gm`` by ``lora_alpha / lora_dim``. Neither is in the
+file, so alpha has to be stated; for a ``scale`` it is ``scale * rank``. P is the path in the original code
 (``model.diffusion_model.input_blocks.1.1 ...``): the family tables sd15, sd21 and sdxl give diffusers' names. Read in
 MindOne's sources of 2023-12 to 2024-11.
 """

@@ -21,6 +21,7 @@ class Reader:
     file: str
     lines: list[str]
     problems: list[str] = field(default_factory=list)
+    headers: dict[str, list[int]] = field(default_factory=dict)
 
     def complain(self, ref: RuleRef, problem: str) -> None:
         """Note a problem."""
@@ -28,8 +29,11 @@ class Reader:
 
     def header(self, section: str, nth: int | None = None) -> RuleRef:
         """Find the nth ``[[section]]``, or the ``[section]``."""
-        wanted = f"[[{section}]]" if nth is not None else f"[{section}]"
-        at = [k for k, line in enumerate(self.lines, 1) if line.split("#")[0].replace(" ", "").strip() == wanted]
+        if not self.headers:
+            for k, line in enumerate(self.lines, 1):
+                if line.lstrip().startswith("["):
+                    self.headers.setdefault(line.split("#")[0].replace(" ", "").strip(), []).append(k)
+        at = self.headers.get(f"[[{section}]]" if nth is not None else f"[{section}]", [])
         return RuleRef(self.file, at[nth or 0] if len(at) > (nth or 0) else 0)
 
     def key(self, ref: RuleRef, name: str) -> RuleRef:

@@ -314,6 +314,11 @@ def test_a_file_is_checked_without_raising(tmp_path: Path) -> None:
     assert check(path).problems[0].startswith("toy.toml: ")
 
 
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "mappings").glob("*.toml")), ids=lambda p: p.stem)
+def test_a_shipped_table_is_proved(path: Path) -> None:
+    assert tables.load_table(path) == tables.load_family(path.stem)
+
+
 def test_shipped_tables_are_quick_to_load() -> None:
     count = len(tables.load_tables())
     start = time.process_time()
