@@ -15,7 +15,7 @@ Relation = Literal["conversion", "adapters", "models", "merge"]
 RELATIONS: dict[Relation, str] = {
     "conversion": "a conversion that its manifest describes",
     "adapters": "two adapters",
-    "models": "two whole models",
+    "models": "two whole models, or two files of parameters that are no LoRA",
     "merge": "an adapter and a checkpoint into which it was merged",
 }
 
