@@ -26,9 +26,10 @@ _ORIGINAL = {
     "conditioner.embedders.0.transformer.": "text_encoder",
 }
 _FIRST = {
-    "down_blocks": "unet", "up_blocks": "unet", "mid_block": "unet", "input_blocks": "unet",
-    "double_blocks": "transformer", "transformer_blocks": "transformer", "joint_blocks": "transformer", "text_model": "text_encoder",
-}  # fmt: skip
+    **dict.fromkeys(("down_blocks", "up_blocks", "mid_block", "input_blocks"), "unet"),
+    **dict.fromkeys(("double_blocks", "transformer_blocks", "joint_blocks"), "transformer"),
+    "text_model": "text_encoder",
+}
 
 
 def completed(facts: Facts, source: Source) -> Facts:
