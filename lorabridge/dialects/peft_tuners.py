@@ -129,16 +129,17 @@ class _Tuner:
 
     def module(self, path: str, specs: Mapping[str, TensorSpec], shared: Mapping[str, TensorSpec]) -> LoraModule | None:
         """Return one module; None after noting why there is none."""
-        if self.kind == "ADALORA" and any(spec.size == 0 for spec in specs.values()):
+        if any(spec.size == 0 for spec in specs.values()):
             self._emptied(path, specs)
             return None
         kernel = self._kernel(path)
         try:
             pair = self._pair(path, specs, shared, kernel)
+            self._check_shape(path, pair)
         except KeyError as error:
             self.problems.add("tensors are missing", f"{path}.{error.args[0]}", "save the adapter again")
             return None
-        except ShapeError as error:
+        except (ShapeError, IndexError) as error:
             self.problems.add("shapes do not fit", f"{path}: {error}", "check --names-of, --kernel-size and the file")
             return None
         if pair is None:
@@ -153,6 +154,16 @@ class _Tuner:
             Scaling(pair.scaling * rank if alpha is None else alpha, rank),
             fan_in_fan_out=bool(order) if not size else None, kernel_size=size,
         )  # fmt: skip
+
+    def _check_shape(self, path: str, pair: _Pair | None) -> None:
+        """Raise ShapeError where the base was given and its weight has another shape than the delta."""
+        known = self._shape(path)
+        if pair is None or known is None:
+            return
+        turned = len(known) == 2 and bool(self.given.get("fan_in_fan_out"))
+        made = (pair.b.shape[0], *pair.a.shape[1:])
+        if made != (known[::-1] if turned else known):
+            raise ShapeError(f"the delta is {list(made)}, the base's weight {list(known)}")
 
     def _check_asked(self, path: str, rank: int) -> None:
         if self.content.facts.get(path, "as") != "lora":

@@ -212,6 +212,64 @@ def test_a_kernel_that_is_none_of_the_factors_is_refused(tmp_path: Path) -> None
         convert(folder, tmp_path / "after", options(Fact("conv", "kernel_size", [5, 5])))
 
 
+def test_a_base_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    folder = saved("LoHa", tmp_path / "before", target_modules=["wide"], r=3)
+    save_file({"wide.weight": torch.ones(20, 13)}, tmp_path / "base.safetensors")
+    with pytest.raises(MappingError, match="shapes do not fit") as caught:
+        convert(folder, tmp_path / "after", options(base(folder)))
+    assert caught.value.where[0] == "wide: the delta is [20, 12], the base's weight [20, 13]"
+
+
+@pytest.mark.parametrize("kind", ["AdaLora", "LoHa"])
+def test_shards_without_elements_are_refused(kind: str, tmp_path: Path) -> None:
+    fields: dict[str, Any] = ADA if kind == "AdaLora" else {"r": 3}
+    folder = saved(kind, tmp_path / "before", target_modules=["wide"], **fields)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: torch.empty(0) for name in tensors}, folder / "adapter_model.safetensors")
+    with pytest.raises(MappingError, match="tensors have no elements, as DeepSpeed ZeRO-3"):
+        convert(folder, tmp_path / "after", options())
+
+
+def test_a_transposed_layer_keeps_its_delta(tmp_path: Path) -> None:
+    """GPT-2's Conv1D stores ``[in, out]``; peft sets fan_in_fan_out for it."""
+    import peft
+    from transformers.pytorch_utils import Conv1D
+
+    def gpt() -> nn.Module:
+        torch.manual_seed(3)
+        made = nn.Sequential(Conv1D(20, 12), Conv1D(12, 20))  # type: ignore[no-untyped-call]
+        for layer in made:
+            nn.init.normal_(layer.weight)
+        return made
+
+    model = peft.get_peft_model(gpt(), peft.VeraConfig(target_modules=["0", "1"], r=8, fan_in_fan_out=True))
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p)
+    model.save_pretrained(tmp_path / "before")
+    save_file(dict(gpt().state_dict()), tmp_path / "base.safetensors")
+    convert(tmp_path / "before", tmp_path / "after", options(base(tmp_path / "before")))
+    expected, found = (
+        peft.PeftModel.from_pretrained(gpt(), tmp_path / side).merge_and_unload().state_dict()
+        for side in ("before", "after")
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=2e-6 * scaled(value))
+
+
+@pytest.mark.parametrize("name", ["adalora", "vera two", "loha conv flattened", "lokr conv"])
+def test_merging_is_what_peft_merges(name: str, tmp_path: Path) -> None:
+    from lorabridge import MergeOptions, merge
+
+    kind, fields, with_base = CASES[name]
+    folder = saved(kind, tmp_path / "before", **fields)
+    facts = Facts((AS_LORA, *([base(folder)] if with_base else [])))
+    merge(tmp_path / "base.safetensors", [folder], tmp_path / "out.safetensors", MergeOptions(facts=facts))
+    found = load_file(tmp_path / "out.safetensors")
+    for key, value in merged(folder).items():
+        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=2e-6 * scaled(value))
+
+
 def test_a_whole_conv1d_of_lokr_is_refused(tmp_path: Path) -> None:
     folder = saved("LoKr", tmp_path / "before", target_modules=["line"], r=8)
     with pytest.raises(MappingError, match="does not compute a Kronecker product"):
