@@ -30,7 +30,7 @@ from .pairs import Problems
 from .peft_config import read_settings, warnings_of
 from .peft_patterns import KeyTable
 from .peft_read import Reader
-from .peft_tuners_config import TUNERS, lora_config, refuse_type
+from .peft_tuners_config import MERGE, TUNERS, lora_config, refuse_type
 from .prefixes import recognise
 
 PREFIX = "base_model.model."
@@ -44,7 +44,6 @@ TENSORS: Mapping[str, tuple[str, ...]] = {
 """Last components of a tuner's tensors, by peft_type."""
 
 _KINDS: dict[int, ModuleKind] = {0: "linear", 1: "conv1d", 2: "conv2d", 3: "conv3d"}
-_CONVERT = "peft.convert_to_lora makes a LoRA of a rank that you choose"
 
 
 def paths(names: Iterable[str]) -> list[str]:
@@ -251,7 +250,7 @@ class _Tuner:
         if "lokr_w2" in specs and len(specs["lokr_w2"].shape) == 3:
             self.problems.add(
                 "peft 0.21.2 does not compute a Kronecker product for a LoKr of a conv1d with a whole lokr_w2",
-                path, _CONVERT,
+                path, MERGE,
             )  # fmt: skip
             return None
         made = lycoris.update(specs)
@@ -316,7 +315,7 @@ class _Tuner:
         """Return a weight's kernel, () for a linear layer; None where neither base nor option says."""
         stated, groups = self.content.facts.get(path, "kernel_size"), self.content.facts.get(path, "groups")
         if isinstance(groups, int) and groups > 1:
-            self.problems.add("a convolution with groups has no pair of this form", path, _CONVERT)
+            self.problems.add("a convolution with groups has no pair of this form", path, MERGE)
         if stated is not None:
             return tuple(n for n in (stated if isinstance(stated, list) else [stated]) if isinstance(n, int))
         shape = self._shape(path)
