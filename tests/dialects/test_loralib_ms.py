@@ -170,4 +170,4 @@ def test_the_registry_finds_one_dialect_per_file():
     assert [n for n, _ in detect(content(pet, container="mindspore"))] == ["mindpet"]
     assert detect(content({"m.weight": torch.zeros(2, 2)})) == []
     with pytest.raises(UsageError, match="unknown dialect"):
-        by_name("kohya")
+        by_name("nobody")
