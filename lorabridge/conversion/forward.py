@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .. import dialects
 from ..axes import Expr, cast, reads
-from ..dialects import deltas, factors
+from ..dialects import deltas, experts, factors
 from ..dialects.adapter import Adapter, Content, Dialect, Fact, Facts, Json, LoraModule
 from ..dialects.peft_config import unsupported_fields
 from ..dialects.peft_write import of_part
@@ -214,6 +214,13 @@ def _check_expressible(adapter: Adapter, target: Dialect) -> None:
             "the base weights in the file already hold the delta, and peft would add it again",
             where=[extra.name for extra in adapter.extras if extra.kind == "base"],
             hint="leave them out with --adapter-only",
+        )
+    stacks = dict.fromkeys(module.stack.parameter for module in adapter.modules if module.stack is not None)
+    if stacks and target.name not in experts.DIALECTS:
+        raise MappingError(
+            f"dialect {target.name!r} has no factors of experts that one tensor holds",
+            where=list(stacks),
+            hint="merge the adapter into the base, or leave these modules out with --exclude",
         )
     if target.name == "peft":
         return

@@ -15,6 +15,9 @@ from ..errors import MappingError
 from .adapter import LoraModule, Scaling, StackItem, Term
 from .factors import grow, pad_rank
 
+DIALECTS = ("peft", "pynative")
+"""The dialects that have names for factors of stacked experts."""
+
 _MERGE = "merge the adapter into the base model first"
 
 

@@ -142,3 +142,15 @@ def test_an_adapter_goes_to_pynative_stacks_and_back(name: str, tmp_path: Path) 
     one, two = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("adapter", "back"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_dialects_without_names_for_experts_refuse_them(tmp_path: Path) -> None:
+    saved("Mixtral", tmp_path)
+    options = ConvertOptions(
+        family="mixtral", target_dialect="mindpet", layout={"experts": "batched"},
+        config=tmp_path / "base" / "config.json",
+    )  # fmt: skip
+    with pytest.raises(MappingError) as error:
+        convert(tmp_path / "adapter", tmp_path / "out.ckpt", options)
+    assert "'mindpet' has no factors of experts that one tensor holds" in error.value.problem
+    assert "model.layers.0.feed_forward.ffn.w1.weight" in error.value.where
