@@ -168,7 +168,9 @@ FACTS: dict[str, Callable[[str], Value]] = {
     "kind": one_of("linear", "embedding", "conv1d", "conv2d", "conv3d"),
     "merged": yes_or_no,
     "as": one_of("lora"),
-    "names_of": str, "non_linearity": str, "cell": str,
+    "names_of": str,
+    "non_linearity": str,
+    "cell": str,
     "alpha_in": one_of("weights", "config"),
 }
 """How each statement about modules is read; the option is the field's name with dashes."""
