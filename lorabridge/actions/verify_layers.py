@@ -46,6 +46,9 @@ def inapplicable(case: Case) -> str:
 
 def refusal(case: Case) -> str:
     """Say what is missing to run the layers of two files; empty where nothing is."""
+    names = sorted({side.dialect.name for side in (case.first, case.second)} - NEEDS.keys())
+    if names:
+        return f"layers run as {', '.join(NEEDS)}, not as {', '.join(names)}"
     for side in (case.first, case.second):
         odd = unsupported_fields(side.adapter.config)
         if odd:

@@ -32,6 +32,20 @@ def test_equal_files(pair: tuple[str, str], capsys: pytest.CaptureFixture[str]) 
     assert any("random" in line for line in lines)
 
 
+@pytest.mark.parametrize("dialect", ["mlx", "mcore", "vllm"])
+def test_a_dialect_whose_layers_nothing_runs(dialect: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = peft_adapter(tmp_path / "peft", target_modules=["up"])
+    out = str(tmp_path / "out")
+    assert run(["convert", str(source), out + "/", "--to", dialect, "-q"]) == 0
+    capsys.readouterr()
+    assert run(["verify", str(source), out]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("equal: ")
+    assert f"layers run as peft, loralib, loralib-ms, mindpet, not as {dialect}" in said
+    assert run(["verify", str(source), out, "--depth", "layers"]) == 2
+    assert f"not as {dialect}" in capsys.readouterr().err
+
+
 def test_different_files(pair: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     configure(Path(pair[0]), lora_alpha=9)
     assert run(["verify", *pair, "--depth", "tensors"]) == 1
