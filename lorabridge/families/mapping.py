@@ -75,7 +75,7 @@ def _map_modules(work: Work, modules: Iterable[LoraModule]) -> list[LoraModule]:
         try:
             out += _convert(work, rules[rule_id], dict(bindings_), members)
         except (ShapeError, SizeError) as error:
-            work.complain(f"{next(iter(members.values())).path}: {error}")
+            work.fail(next(iter(members.values())).path, error)
     return out
 
 

@@ -43,7 +43,7 @@ def map_extras(work: Work, extras: Sequence[Extra]) -> tuple[list[Extra], list[t
         try:
             out += _convert(work, slot_of[key], dict(key[1]), members)
         except (ShapeError, SizeError) as error:
-            work.complain(f"{next(iter(members.values())).name}: {error}")
+            work.fail(next(iter(members.values())).name, error)
     out += _copies_of_tied(work, present)
     return _stacked(work, out), left
 

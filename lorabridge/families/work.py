@@ -59,6 +59,10 @@ class Work:
         if hint:
             self.hints[hint] = None
 
+    def fail(self, name: str, error: ValueError) -> None:
+        """Note why a name cannot be converted; where sizes are missing, the config is the cure."""
+        self.complain(f"{name}: {error}", CONFIG if isinstance(error, SizeError) and error.missing else "")
+
     def unmapped(self, name: str) -> None:
         """Note a name without a rule, with the nearest one."""
         near = ""

@@ -225,3 +225,10 @@ def test_a_table_and_sizes_are_asked_for(tmp_path: Path, config: Path) -> None:
     with pytest.raises(MappingError) as error:
         convert(tmp_path / "peft", tmp_path / "out.gguf", ConvertOptions(target_dialect="gguf", family="llama_gguf"))
     assert "needs heads" in error.value.text()
+
+
+def test_sizes_that_are_not_known_are_asked_for(tmp_path: Path) -> None:
+    adapted(tmp_path / "peft", target_modules=["q_proj"])
+    with pytest.raises(MappingError, match="do not fit") as raised:
+        convert(tmp_path / "peft", tmp_path / "out.gguf", ConvertOptions(target_dialect="gguf", family="llama_gguf"))
+    assert raised.value.hint == "give the model's configuration with --config config.json"
