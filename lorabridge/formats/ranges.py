@@ -119,11 +119,12 @@ class PlacedSink:
 
     def _pieces(self, name: str, offset: int, length: int) -> Iterator[tuple[Path, int, int, int]]:
         """Yield (file, offset in it, first byte of the block, length) for each range that a block touches."""
+        size = sum(extent.length for extent in self._places[name])
+        if not 0 <= offset <= offset + length <= size:
+            raise ValueError(f"bytes {offset}:{offset + length} are outside the {size} bytes of {name}")
         at = 0
         for extent in self._places[name]:
             low, high = max(offset, at), min(offset + length, at + extent.length)
             if low < high:
                 yield extent.path, extent.offset + low - at, low - offset, high - low
             at += extent.length
-        if not 0 <= offset <= offset + length <= at:
-            raise ValueError(f"bytes {offset}:{offset + length} are outside the {at} bytes of {name}")
