@@ -23,6 +23,8 @@ VARYING = re.compile(
     rf"|{NUMBER}(?= (?:of its bound|bounds)\b)"
 )
 """Seconds and rounding errors, which are not the same on every machine."""
+PROGRESS = re.compile(r" of .* \(\d+ %\), .*/s, .* left$")
+"""What a command says every 30 seconds, which a fast machine never shows."""
 
 
 def rerun(text: str) -> str:
@@ -45,7 +47,7 @@ def _transcript(block: str, folder: str) -> str:
             ["bash", "-c", command], cwd=folder, env=env, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
-        lines += [f"$ {command}", *done.stdout.rstrip().splitlines()]
+        lines += [f"$ {command}", *(line for line in done.stdout.rstrip().splitlines() if not PROGRESS.search(line))]
     return "\n".join(lines)
 
 
