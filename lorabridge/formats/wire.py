@@ -180,8 +180,7 @@ def walk(window: Window, private: Callable[[bytes], None] | None = None) -> tupl
             records.append(_record(window, start, after))
         else:
             unknown += 1
-            if private is not None and number == PRIVATE:
-                _expect(kind, BYTES, "what lorabridge noted", at)
+            if private is not None and number == PRIVATE and kind == BYTES:  # another kind is another writer's
                 if after - start > MAX_METADATA:
                     raise WireError(f"what lorabridge noted has {after - start} bytes", at)
                 private(window.bytes_at(start, after - start))
