@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorabridge.axes import read
-from lorabridge.dialects import DIALECTS
+from lorabridge.dialects import DIALECTS, experts
 from lorabridge.dialects.adapter import (
     Adapter,
     Content,
@@ -156,6 +156,8 @@ def placed(dialect: Dialect, adapter: Adapter) -> Adapter:
 def outcome(dialect: Dialect, adapter: Adapter) -> str:
     """Write an adapter and read it again; return "yes", "grown", "folded" or what the dialect says against it."""
     adapter = placed(dialect, adapter)
+    if any(one.stack for one in adapter.modules) and dialect.name not in experts.DIALECTS:
+        return "has no factors of experts that one tensor holds"  # what conversion.forward says
     try:
         written = dialect.write(adapter, TOLD.get(dialect.name, Facts()))
         again = dialect.parse(content(dialect, adapter, written))
