@@ -220,7 +220,8 @@ def _check_expressible(adapter: Adapter, target: Dialect) -> None:
         raise MappingError(
             f"dialect {target.name!r} has no factors of experts that one tensor holds",
             where=list(stacks),
-            hint="merge the adapter into the base, or leave these modules out with --exclude",
+            hint=f"choose {' or '.join(sorted(experts.DIALECTS))} with --to, merge the adapter into the base, or leave "
+            "these modules out with --exclude",
         )
     if target.name == "peft":
         return
