@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,8 @@ UNMERGED_KEY = "lorabridge.unmerged"
 """Key of a container's metadata that says that a model is not the base but near to it."""
 MINDFORMERS = "mindformers_adapter_config.json"
 ITERATION = "iteration_"
+_HEAD = re.compile(r"(?:For[A-Z]|LMHead|Model|PreTrained).*$|DoubleHeads.*$")
+"""What follows the kind of network in the name of a class of transformers."""
 WEIGHT_FILES = ("config.json", "model.safetensors.index.json", "metadata.json", "common.json")
 
 
@@ -71,6 +74,7 @@ def check_bases(given: Opened, base: Adapter, options: MergeOptions) -> tuple[st
             warnings += _unchecked(one, found)
         theirs, problem = _mindformers(one, given)
         where += problem
+        warnings += _other_class(one, given)
         if theirs:
             hints["MindFormers' fingerprint holds file times: a copy of the right base differs from it too"] = None
     if where and not options.any_base:
@@ -79,6 +83,19 @@ def check_bases(given: Opened, base: Adapter, options: MergeOptions) -> tuple[st
     if UNMERGED_KEY in given.base.source.metadata:
         warnings.append(f"{given.base.path} is the best inverse of a merge, not the base itself")
     return (*warnings, *(f"--any-base: {line}" for line in where))
+
+
+def _other_class(one: Input, given: Opened) -> list[str]:
+    """Warn of an adapter that peft made for another kind of network; other heads of one network are no other kind."""
+    mapping = (one.adapter_config or {}).get("auto_mapping")
+    made_for = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    known = (given.base.model_config or {}).get("architectures")
+    if not isinstance(made_for, str) or not isinstance(known, list):
+        return []
+    kinds = [_HEAD.sub("", name) for name in known if isinstance(name, str)]
+    if not kinds or _HEAD.sub("", made_for) in kinds:
+        return []
+    return [f"{one.path} was made for a {made_for}, {given.base.path} is a {', '.join(map(str, known))}"]
 
 
 def _told(one: Input, options: MergeOptions) -> MergeOptions:

@@ -287,3 +287,20 @@ def test_the_fingerprint_is_that_of_mindformers(tmp_path: Path) -> None:
 
 FOLDER = "1d24caf02717ecbeecf3d6102cdac834263843816fda4c32452ff4420f63ca98"
 FILE = "7de6e2cb19c978f23341663434db35f93794d3e374af5428a00689ae3f310ff6"
+
+
+def test_an_adapter_of_another_kind_of_network_is_warned_about(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    plain_model(base / "model.safetensors", weights(1))
+    adapter = plain_adapter(tmp_path / "made", factors(3))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for made_for, known, said in (
+        ("LlamaForCausalLM", "Qwen2ForCausalLM", 1), ("Qwen2ForSequenceClassification", "Qwen2ForCausalLM", 0),
+        ("GPT2LMHeadModel", "GPT2Model", 0), ("BertModel", "BertForMaskedLM", 0),
+    ):  # fmt: skip
+        (base / "config.json").write_text(json.dumps({"architectures": [known]}))
+        config["auto_mapping"] = {"base_model_class": made_for, "parent_library": "transformers"}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        done = merge(base, [adapter], tmp_path / f"out_{made_for}", MergeOptions())
+        assert sum("was made for a" in line for line in done.warnings) == said, (made_for, known, done.warnings)
