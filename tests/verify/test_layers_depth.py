@@ -15,6 +15,7 @@ from torch import nn
 
 from lorabridge.actions.layer_bounds import Rounded, layer_bound
 from lorabridge.actions.layer_side import Base
+from lorabridge.actions.sides import Side
 from lorabridge.actions.verify_report import VerifyReport
 from lorabridge.dialects.adapter import Fact, Facts
 
@@ -170,13 +171,13 @@ def test_a_wrong_mask_of_a_merged_linear(tmp_path: Path) -> None:
     wrong = Facts((Fact("*", "alpha", 6), Fact("*", "kind", "linear"), Fact("*", "enable_lora", [True, True, False])))
     from lorabridge.actions import verify_inputs
 
-    opened = verify_inputs.open_side
+    opened = verify_inputs.opened
 
-    def other(role: str, path: Path, options: verify_inputs.VerifyOptions) -> verify_inputs.Opened:
+    def other(role: str, path: Path, options: verify_inputs.VerifyOptions) -> Side:
         return opened(role, path, options if role == "SRC" else verify_inputs.VerifyOptions(facts=wrong))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorabridge.actions.verify.open_side", other)
+        patch.setattr("lorabridge.actions.verify.opened", other)
         report = checked(source, target, "tensors", "layers", facts=facts)
     assert [report.depth(depth).ok for depth in ("tensors", "layers")] == [False, False]
 
