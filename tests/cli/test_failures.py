@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -184,8 +185,9 @@ sys.exit(_run.run(["sleep"]))
 )
 def test_signals_end_a_run_with_their_code_and_no_traceback(number: int, code: int, word: str) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environ()
-    ) as process:
+        [sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environ(),
+        preexec_fn=partial(signal.signal, number, signal.SIG_DFL),  # shells start background jobs deaf to SIGINT
+    ) as process:  # fmt: skip
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         time.sleep(0.2)
