@@ -11,8 +11,10 @@ transform permutes blocks (a permuted map together with optimizer shards) the ru
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 from ..axes import Expr, cut, join
 
@@ -111,12 +113,18 @@ class Layout:
         free = self.free
         return ravel([place[axis] for axis in free], [self.grid[axis] for axis in free])
 
-    def holders(self) -> dict[tuple[int, ...], tuple[int, ...]]:
+    def holders(self) -> Mapping[tuple[int, ...], tuple[int, ...]]:
         """Return, for every slice, the stage's ranks that hold it, in the order of their replicas."""
-        found: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.devices):
-            found.setdefault(self.place(rank), []).append(rank)
-        return {index: tuple(sorted(ranks, key=self.replica)) for index, ranks in sorted(found.items())}
+        return _holders(self)
+
+
+@lru_cache(maxsize=256)
+def _holders(layout: Layout) -> Mapping[tuple[int, ...], tuple[int, ...]]:
+    """See :meth:`Layout.holders`; the thousands of tensors of a model share few layouts."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(layout.devices):
+        found.setdefault(layout.place(rank), []).append(rank)
+    return MappingProxyType({index: tuple(sorted(ranks, key=layout.replica)) for index, ranks in sorted(found.items())})
 
 
 def unravel(index: int, sizes: Sequence[int]) -> tuple[int, ...]:
