@@ -25,7 +25,7 @@ from ..errors import InputError, counted
 from ..formats.torchpickle import MAX_PICKLE, Unpickler
 from ..formats.torchvalues import Global, Object, PickleError, Table, Tensor, is_count, kind
 from ..formats.torchzip import TorchSource, open_tree
-from ..formats.untrusted import MAX_TENSORS, open_regular, parse_json, pread_into, shown, size_of
+from ..formats.untrusted import MAX_TENSORS, parse_json, read_small, shown
 from ..tensors import Extent, TensorSpec
 from .assembled import Arrangement, Assembled, Copy, Placed
 from .grid import Box, assemble_boxes
@@ -145,11 +145,9 @@ def is_stacked(path: Path) -> bool:
     about = path / "metadata.json"
     if not about.is_file():
         return False
-    with open_regular(about) as file:
-        data = bytearray(min(size_of(file), 1 << 16))
-        del data[pread_into(file, memoryview(data), 0) :]
+    data, _ = read_small(about, 1 << 16)
     try:
-        root = parse_json(bytes(data))
+        root = parse_json(data)
     except ValueError:
         return False
     return isinstance(root, dict) and root.get("sharded_backend") == "torch_dist"
@@ -195,13 +193,10 @@ def _model(tensors: _Tensors, paths: Mapping[str, tuple[object, ...]]) -> tuple[
 
 
 def _load(path: Path) -> object:
-    with open_regular(path) as file:
-        size = size_of(file)
-        if size > MAX_PICKLE:
-            raise PickleError(f"it has {size} bytes, more than {MAX_PICKLE}")
-        data = bytearray(size)
-        del data[pread_into(file, memoryview(data), 0) :]
-    return Unpickler(bytes(data), _OBJECTS).load()
+    data, size = read_small(path, MAX_PICKLE)
+    if size > MAX_PICKLE:
+        raise PickleError(f"it has {size} bytes, more than {MAX_PICKLE}")
+    return Unpickler(data, _OBJECTS).load()
 
 
 def _metadata(

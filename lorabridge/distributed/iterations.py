@@ -12,13 +12,12 @@ from __future__ import annotations
 import ast
 import itertools
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import InputError, counted
-from ..formats.untrusted import MAX_HEADER, open_regular, parse_json, pread_into, shown
+from ..formats.untrusted import MAX_HEADER, parse_json, read_small, shown
 from .assembled import Arrangement, Assembled, Copy, Files, Placed
 from .grid import Box
 from .layout import Layout, assemble
@@ -69,14 +68,11 @@ def _holds_tensors(path: Path) -> bool:
 
 
 def _read_json(path: Path) -> object:
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_HEADER:
-            raise InputError(f"it has {size} bytes, more than {MAX_HEADER}", where=shown(str(path)), hint=_HINT)
-        data = bytearray(size)
-        del data[pread_into(file, memoryview(data), 0) :]
+    data, size = read_small(path, MAX_HEADER)
+    if size > MAX_HEADER:
+        raise InputError(f"it has {size} bytes, more than {MAX_HEADER}", where=shown(str(path)), hint=_HINT)
     try:
-        return parse_json(bytes(data))
+        return parse_json(data)
     except ValueError as error:
         raise InputError(f"the metadata is not JSON: {error}", where=shown(str(path)), hint=_HINT) from None
 

@@ -12,14 +12,13 @@ the JSON holds one flat map over an expanded shape instead, which :func:`fitted`
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import InputError
-from ..formats.untrusted import MAX_HEADER, open_regular, parse_json, pread_into, shown
+from ..formats.untrusted import MAX_HEADER, parse_json, read_small, shown
 from ..formats.wire import BYTES, VARINT, Window, WireError, delimited, varint
 from .layout import Layout
 
@@ -84,14 +83,11 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read_file(path: Path) -> dict[int, dict[str, Layout]]:
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_HEADER:
-            raise InputError(f"a strategy file of {size} bytes is too large", where=shown(str(path)), hint=_HINT)
-        data = bytearray(size)
-        del data[pread_into(file, memoryview(data), 0) :]
+    data, size = read_small(path, MAX_HEADER)
+    if size > MAX_HEADER:
+        raise InputError(f"a strategy file of {size} bytes is too large", where=shown(str(path)), hint=_HINT)
     try:
-        stage, items = _from_json(bytes(data)) if path.suffix == ".json" else _from_protobuf(bytes(data))
+        stage, items = _from_json(data) if path.suffix == ".json" else _from_protobuf(data)
     except (WireError, ValueError, OverflowError) as error:
         raise InputError(f"no strategy file: {error}", where=shown(str(path)), hint=_HINT) from None
     if not items:

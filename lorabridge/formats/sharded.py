@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..tensors import Extent, Source, TensorSpec
 from . import FORMATS, container
 from .sniff import identify
-from .untrusted import MAX_HEADER, MAX_TENSORS, open_regular, parse_json, pread_into, refused_by_system, shown
+from .untrusted import MAX_HEADER, MAX_TENSORS, parse_json, read_small, refused_by_system, shown
 
 if TYPE_CHECKING:
     from ..tensors import Bits
@@ -120,14 +120,11 @@ def read_index(path: Path) -> dict[str, str]:
 
     Raises InputError listing each value that is no plain file name under POSIX and Windows rules.
     """
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_HEADER:
-            raise _bad(path, f"it has {size} bytes, more than the {MAX_HEADER} that are allowed")
-        data = bytearray(size)
-        del data[pread_into(file, memoryview(data), 0) :]
+    data, size = read_small(path, MAX_HEADER)
+    if size > MAX_HEADER:
+        raise _bad(path, f"it has {size} bytes, more than the {MAX_HEADER} that are allowed")
     try:
-        index = parse_json(bytes(data))
+        index = parse_json(data)
     except ValueError as error:
         raise _bad(path, str(error)) from None
     weights = index.get("weight_map") if isinstance(index, dict) else None

@@ -119,6 +119,18 @@ def pread_into(file: io.FileIO | Region, view: memoryview, offset: int) -> int:
     return done
 
 
+def read_small(path: Path, limit: int) -> tuple[bytes, int]:
+    """Return a regular file's bytes and its size; nothing is read of one that is larger than ``limit``.
+
+    Raises as :func:`open_regular` does.
+    """
+    with open_regular(path) as file:
+        size = size_of(file)
+        data = bytearray(size if size <= limit else 0)
+        del data[pread_into(file, memoryview(data), 0) :]
+    return bytes(data), size
+
+
 def parse_json(data: bytes) -> object:
     """Parse JSON strictly: UTF-8, no duplicate keys, no NaN or infinities, bounded nesting and object count.
 
