@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +13,7 @@ from ..arithmetic import numerics
 from ..axes import Expr, reads
 from ..conversion import execute, plan, wayback
 from ..conversion.forward import Forward, forward, options_text
-from ..conversion.repository import ADAPTER_CONFIG, MODEL_CONFIG, Input, files_of, open_input
+from ..conversion.repository import ADAPTER_CONFIG, MODEL_CONFIG, Input, files_of, open_input, run_identity
 from ..dialects import CONFIGURED, PIPELINES
 from ..dialects.adapter import CARRIED, DIRECTORY, TITLE, Facts, Json, LoraModule
 from ..dialects.deltas import COUNTERPARTS
@@ -255,7 +253,7 @@ def run(
         outcome = execute.run(
             job.plan, given.source, sink,
             kernels=lambda name: numerics.kernels(keys[name], notes, job.residues),
-            metadata=job.metadata, workers=options.workers or _workers(), progress=progress,
+            metadata=job.metadata, workers=options.workers or execute.default_workers(), progress=progress,
             digests=job.manifest is not None and job.plan.nbytes <= DIGEST_LIMIT and _is_adapter(job),
         )  # fmt: skip
         companions = _companions(job, given, outcome.digests, notes)
@@ -282,18 +280,8 @@ def _check_stored_checksums(given: Input) -> None:
 
 def _identity(given: Input, planned: plan.Plan, sealed: Encryption | None) -> str:
     """Return a digest of everything that decides the output: plan, key, and which source files there are now."""
-    digest = hashlib.sha256(planned.digest.encode())
-    if sealed is not None:
-        digest.update(f"{sealed.mode} {sealed.key.fingerprint()}".encode())
-    files = files_of(given.source)
-    for path in sorted(files | {given.source.path}):
-        status = path.stat()
-        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()
-
-
-def _workers() -> int:
-    return min(8, len(os.sched_getaffinity(0)))
+    key = [f"{sealed.mode} {sealed.key.fingerprint()}"] if sealed is not None else []
+    return run_identity([planned.digest, *key], files_of(given.source) | {given.source.path})
 
 
 def _named(planned: plan.Plan) -> list[tuple[str, Expr]]:
@@ -363,7 +351,7 @@ def _report(
         tensors_read=len({name for _, expr in _named(job.plan) for name in reads(expr)}),
         nbytes=job.plan.nbytes,
         steps=len(job.plan.steps),
-        peak_bytes=job.plan.peak_bytes(options.workers or _workers()),
+        peak_bytes=job.plan.peak_bytes(options.workers or execute.default_workers()),
         seconds=seconds,
         left_out=(*_left_out(job), *getattr(given.source, "skipped", ())),
         unselected=job.unselected,

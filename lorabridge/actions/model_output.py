@@ -14,7 +14,7 @@ from ..arithmetic import numerics
 from ..axes import Kernel
 from ..conversion import execute, plan
 from ..conversion.forward import Forward, Settings, dialect_named, forward
-from ..conversion.repository import MODEL_CONFIG, Output, framework_of, plan_output
+from ..conversion.repository import MODEL_CONFIG, Output, files_of, framework_of, plan_output, run_identity
 from ..dialects.adapter import Adapter, Content, Dialect, Facts, Json, Written
 from ..errors import MappingError, OutputError, UsageError
 from ..files.fsio import Staging, require_space
@@ -22,7 +22,6 @@ from ..merging.kernel import Merger
 from ..merging.planning import Merged
 from .inspect import family_candidates
 from .merge_inputs import MergeOptions, Opened
-from .publish import workers
 
 Progress = Callable[[int, int], None]
 
@@ -163,7 +162,7 @@ def write(
             model.plan, model.given.joined, sink,
             kernels=lambda name: {**numerics.kernels(name, noted, {}), **kernels},
             metadata={"format": "ms" if framework == "mindspore" else "pt", **model.metadata},
-            workers=options.workers or workers(), progress=progress,
+            workers=options.workers or execute.default_workers(), progress=progress,
         )  # fmt: skip
         for name, raw in files.items():
             file = staging.create(name)
@@ -193,11 +192,7 @@ def _identity(model: ModelOutput) -> str:
     """
     if not model.resumable:
         return hashlib.sha256(model.plan.digest.encode() + os.urandom(16)).hexdigest()
-    given, digest = model.given, hashlib.sha256(model.plan.digest.encode())
-    for key, text in sorted(model.metadata.items()):
-        digest.update(f"{key} {text}".encode())
-    paths = {e.path for name in given.joined.specs for e in given.joined.extents(name)}
-    for path in sorted(paths | {one.source.path for one in (given.base, *given.adapters)}):
-        status = path.stat()
-        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()
+    said = [f"{key} {text}" for key, text in sorted(model.metadata.items())]
+    sources = [one.source for one in (model.given.base, *model.given.adapters)]
+    files = {path for source in sources for path in (source.path, *files_of(source))}
+    return run_identity([model.plan.digest, *said], files)

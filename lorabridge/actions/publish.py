@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,7 @@ from ..arithmetic import numerics
 from ..axes import cast, reads
 from ..conversion import execute, plan
 from ..conversion.forward import dialect_named
-from ..conversion.repository import ADAPTER_CONFIG, Output, framework_of, plan_output
+from ..conversion.repository import ADAPTER_CONFIG, Output, framework_of, plan_output, run_identity
 from ..dialects import CONFIGURED
 from ..dialects.adapter import Adapter, Dialect, Facts, Json, LoraModule, Written
 from ..dtypes import DType
@@ -179,7 +177,7 @@ def publish(
         execute.run(
             package.plan, source, sink, kernels=lambda name: numerics.kernels(name, notes, {}),
             metadata=package.metadata,
-            workers=target.workers or workers(), progress=progress,
+            workers=target.workers or execute.default_workers(), progress=progress,
         )  # fmt: skip
         for name, text in package.companions.items():
             file = staging.create(name)
@@ -190,17 +188,8 @@ def publish(
         staging.commit()
 
 
-def workers() -> int:
-    """Return how many threads to use where nothing says: one per CPU of this process, at most eight."""
-    return min(8, len(os.sched_getaffinity(0)))
-
-
 def _identity(package: Package, source: Source, content: str) -> str:
-    digest = hashlib.sha256(f"{package.plan.digest} {content}".encode())
     names = [name for step in package.plan.steps for name in step.reads]
-    for path in sorted({extent.path for name in names for extent in source.extents(name)}):
-        status = path.stat()
-        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
-    for name, text in sorted({**package.metadata, **package.companions}.items()):
-        digest.update(f"{name} {text}".encode())
-    return digest.hexdigest()
+    beside = [f"{name} {text}" for name, text in sorted({**package.metadata, **package.companions}.items())]
+    files = {extent.path for name in names for extent in source.extents(name)}
+    return run_identity([package.plan.digest, content, *beside], files)

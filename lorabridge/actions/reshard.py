@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,7 @@ from .. import formats
 from ..axes import Expr, read
 from ..conversion import engines, plan
 from ..conversion.engines import Engine
-from ..conversion.repository import Input, files_of, open_input
+from ..conversion.repository import Input, files_of, open_input, run_identity
 from ..distributed.assembled import Assembled
 from ..distributed.dcpsink import DcpSink, chunks
 from ..distributed.layout import Layout, slice_of
@@ -251,11 +250,7 @@ def _write(
 
 
 def _identity(given: Input, planned: plan.Plan, format: str) -> str:
-    digest = hashlib.sha256(f"{planned.digest} {format}".encode())
-    for path in sorted(files_of(given.source)):
-        status = path.stat()
-        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()
+    return run_identity([planned.digest, format], files_of(given.source))
 
 
 def reshard_files(

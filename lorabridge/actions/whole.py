@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +9,9 @@ from pathlib import Path
 
 from .. import formats
 from ..axes import read
-from ..conversion import engines, plan
+from ..conversion import engines, execute, plan
 from ..conversion.engines import Engine
-from ..conversion.repository import Framework, Input, files_of, open_input, plan_output
+from ..conversion.repository import Framework, Input, files_of, open_input, plan_output, run_identity
 from ..distributed.assembled import Assembled
 from ..errors import OutputError, UsageError
 from ..files.fsio import Staging, require_space
@@ -85,12 +83,10 @@ def write_whole(
         if options.check_replicas and isinstance(given.source, Assembled):
             given.source.check_replicas()
         require_space(output.target.parent, planned.nbytes + (planned.nbytes >> 6))
-        digest = hashlib.sha256(f"{planned.digest} {output.format} {options.max_shard_size} {options.crc}".encode())
-        for path in sorted(files_of(given.source)):
-            status = path.stat()
-            digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+        said = f"{output.format} {options.max_shard_size} {options.crc}"
+        digest = run_identity([planned.digest, said], files_of(given.source))
         with Staging(
-            output.target.absolute(), digest=digest.hexdigest(), overwrite=options.overwrite, directory=output.directory
+            output.target.absolute(), digest=digest, overwrite=options.overwrite, directory=output.directory
         ) as staging:
             sink = formats.make_sink(
                 output.format, staging.create, output.file, max_shard_size=options.max_shard_size,
@@ -111,10 +107,6 @@ def absolute(paths: Sequence[Path]) -> tuple[Path, ...]:
     return tuple(path.absolute() for path in paths)
 
 
-def _workers() -> int:
-    return min(8, len(os.sched_getaffinity(0)))
-
-
 def _report(
     given: Input, target: str, format: str, framework: Framework, planned: plan.Plan, options: WholeOptions,
     seconds: float,
@@ -133,7 +125,7 @@ def _report(
         tensors_read=len(planned.specs),
         nbytes=planned.nbytes,
         steps=len(planned.steps),
-        peak_bytes=planned.peak_bytes(options.workers or _workers()),
+        peak_bytes=planned.peak_bytes(options.workers or execute.default_workers()),
         seconds=seconds,
         left_out=tuple(getattr(given.source, "skipped", ())),
         unselected=(),

@@ -58,7 +58,7 @@ def run(
     if engine.name == "process":
         execute.run(
             plan, source, sink, kernels=lambda name: {}, metadata=metadata,
-            workers=workers or min(8, len(os.sched_getaffinity(0))), progress=progress,
+            workers=workers or execute.default_workers(), progress=progress,
         )  # fmt: skip
         return
     if any(computes(expr) for expr in plan.outputs().values()):

@@ -102,6 +102,11 @@ def check_unchanged(before: Mapping[Path, Identity]) -> None:
         raise InputError("input files changed during the run", where=changed, hint="run again when they are complete")
 
 
+def default_workers() -> int:
+    """Return how many threads to use where nothing says: one per CPU of this process, at most eight."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
 def _identity(path: Path) -> Identity:
     try:
         status = os.stat(path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -148,6 +149,20 @@ def files_of(source: Source) -> set[Path]:
     """Return the files that hold a source's tensors."""
     pieces = source.pieces if isinstance(source, Assembled) else source
     return {extent.path for name in pieces.specs for extent in pieces.extents(name)}
+
+
+def run_identity(said: Iterable[str], files: Iterable[Path]) -> str:
+    """Return a digest of what decides a run's output: ``said``, and which ``files`` there are now.
+
+    A killed run is taken up again where it is the same.
+    """
+    digest = hashlib.sha256()
+    for text in said:
+        digest.update(f"{text}\n".encode())
+    for path in sorted(set(files)):
+        status = path.stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def _described(path: Path, source: Source) -> tuple[Json | None, str]:
