@@ -147,8 +147,9 @@ def _own_files(source: Source) -> set[str]:
 
 def files_of(source: Source) -> set[Path]:
     """Return the files that hold a source's tensors."""
-    pieces = source.pieces if isinstance(source, Assembled) else source
-    return {extent.path for name in pieces.specs for extent in pieces.extents(name)}
+    if isinstance(source, Assembled):
+        return set(source.pieces.files)
+    return {extent.path for name in source.specs for extent in source.extents(name)}
 
 
 def run_identity(said: Iterable[str], files: Iterable[Path]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..axes import Expr, Join, Read, Reshape, Slice, Zeros, byte_ranges, cut, evaluate, read
 from ..errors import InputError, counted
@@ -63,6 +63,12 @@ class Arrangement:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+class Pieces(Source, Protocol):
+    """What ranks wrote, one tensor per piece. ``files``: where the pieces lie, known without opening any of them."""
+
+    files: frozenset[Path]
+
+
 class Assembled:
     """Read a distributed checkpoint as one; nothing is loaded before it is asked for.
 
@@ -70,7 +76,7 @@ class Assembled:
     pieces that hold these rows. Everything else is as :class:`lorabridge.tensors.Source` says.
     """
 
-    def __init__(self, path: Path, pieces: Source, arrangement: Arrangement) -> None:
+    def __init__(self, path: Path, pieces: Pieces, arrangement: Arrangement) -> None:
         self.path = path
         self.format = pieces.format
         self.pieces = pieces
@@ -208,6 +214,7 @@ class Files:
     ) -> None:
         self.path = path
         self.format = format
+        self.files = frozenset(files.values())
         self._shards = Shards(open_file or container(format).open_file, files)
         self._homes: dict[str, tuple[str, str]] = {}
         self.held: dict[str, Mapping[str, TensorSpec]] = {}

@@ -285,6 +285,7 @@ class _Chunks:
         self.format = "torch"
         self.specs = specs
         self.metadata: Mapping[str, str] = {}
+        self.files = frozenset(path / home.file for home in homes.values())
         self._homes = homes
         self._open: OrderedDict[str, TorchSource] = OrderedDict()
         self._lock = threading.Lock()
