@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from math import prod
 
-from ..errors import MappingError, UsageError
+from ..errors import MappingError
 from ..sizes import ANY, SizeError, config_integer
 from .proofs import check_sizes
 from .rules import SideName, Slot, Table, slots
 from .stacks import Stacks
-from .variants import Index, Shape, Variant, choices_text, resolve
+from .variants import Index, Shape, Variant, layout_from_config, missing_choice, resolve
 
 Sizes = Mapping[str, int]
 _MOST_NAMES = 1_000_000
 
 
 def sizes_from_config(table: Table, config: Mapping[str, object]) -> dict[str, int]:
-    """Return the table's sizes for a model's config.json; a MappingError lists every field that is missing or odd."""
+    """Return the table's sizes for a model's config.json; a MappingError lists every field that is missing or odd.
+
+    A size may be without a value where the layouts that the config decides leave no rule that uses it. The entries of
+    a list that a hole names are there as ``field.0``, ``field.1`` ...
+    """
     sizes: dict[str, int] = {}
     problems = []
     counts = {field for _, span in table.holes for size in span.sizes for field in size.fields}
+    told = layout_from_config(table, config)
+    needed = _needed(table, told)
 
     def known(field: str) -> int | None:
         return sizes[field] if field in sizes else config_integer(config, field)
@@ -30,14 +36,40 @@ def sizes_from_config(table: Table, config: Mapping[str, object]) -> dict[str, i
         try:
             sizes[name] = size.value(known, zero=name in counts)
         except SizeError as error:
-            problems.append(f"{table.file}: size {name!r}: {error}")
-    problems = problems or check_sizes(table, sizes)
+            if name in needed or not error.missing:
+                problems.append(f"{table.file}: size {name!r}: {error}")
+    for field in dict.fromkeys(span.without for _, span in table.holes if span.without):
+        try:
+            sizes |= _entries(config, field)
+        except SizeError as error:
+            problems.append(f"{table.file}: {error}")
+    problems = problems or check_sizes(table, sizes, told)
     if problems:
         raise MappingError(
             f"the config does not fit the table {table.family}", where=problems,
             hint="give the config.json of the model that the checkpoint belongs to",
         )  # fmt: skip
     return sizes
+
+
+def _needed(table: Table, told: Mapping[str, str]) -> set[str]:
+    """Return the sizes that holes and the rules that can hold use, and those that these are made of."""
+    used = [size for rule in table.rules if rule.holds(told) for size in rule.sizes]
+    used += [size for _, span in table.holes for size in span.sizes]
+    needed = {field for size in used for field in size.fields}
+    for name, size in reversed(table.sizes):
+        if name in needed:
+            needed |= set(size.fields)
+    return needed
+
+
+def _entries(config: Mapping[str, object], field: str) -> dict[str, int]:
+    value = config.get(field)
+    if value is None:
+        return {}
+    if not isinstance(value, list | tuple) or not all(type(number) is int and number >= 0 for number in value):
+        raise SizeError(f"config field {field} is {str(value)[:40]!r}, not a list of numbers")
+    return {f"{field}.{k}": number for k, number in enumerate(value)}
 
 
 def slot_shape(slot: Slot, side: SideName, sizes: Sizes) -> Shape:
@@ -86,28 +118,29 @@ def names(
     variant = resolve(table, (), side=side, layout=layout or {})
     numbers = hole_numbers(table, side, sizes)
     out: dict[str, Shape] = {}
+    missing: dict[str, tuple[str, ...]] = {}
     for slot in slots(table, side):
         if slot.field == "module" or (slot.rule.only and architecture not in slot.rule.only):
             continue
         if not slot.rule.holds(variant.layout) or (slot.optional and not optional):
             continue
-        for key, _ in slot.rule.when:
-            if key not in variant.layout:
-                raise UsageError(f"the names depend on {key}", hint=choices_text(table, key))
+        missing |= {key: () for key, _ in slot.rule.when if key not in variant.layout}
         for name in fill(slot, side, variant, numbers):
             out[name] = slot_shape(slot, side, sizes)
+    if missing:
+        raise missing_choice(table, "nothing tells", missing)
     return Stacks.of(table, side, variant).stacked_shapes(out)
 
 
-def hole_numbers(table: Table, side: SideName, sizes: Sizes) -> dict[str, range]:
+def hole_numbers(table: Table, side: SideName, sizes: Sizes) -> dict[str, Sequence[int]]:
     """Return the numbers of every integer hole on a side."""
     return {hole: span.numbers(side, sizes) for hole, span in table.holes}
 
 
-def fill(slot: Slot, side: SideName, variant: Variant, numbers: Mapping[str, range]) -> Iterator[str]:
+def fill(slot: Slot, side: SideName, variant: Variant, numbers: Mapping[str, Sequence[int]]) -> Iterator[str]:
     """Return every name of a slot."""
     holes = slot.template.holes
-    ranges = [range(options) if options else numbers.get(hole, range(0)) for hole, options in holes.items()]
+    ranges = [range(options) if options else numbers.get(hole, ()) for hole, options in holes.items()]
     if prod(len(values) for values in ranges) > _MOST_NAMES:
         raise MappingError(f"{slot.template} would have more than {_MOST_NAMES} names", where=str(slot.rule.ref))
     for values in product(*ranges):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
 from ..errors import MappingError, UsageError
 from ..names import Template
-from .rules import Buffer, Rule, SideName, Slot, Stack, Table, Tied, When, other_side, slots, slots_of
+from .rules import SIDES, Buffer, Rule, SideName, Slot, Stack, Table, Tied, When, other_side, slots, slots_of
 
 Shape = tuple[int, ...]
 Owner = Slot | Stack | Tied | Buffer
@@ -206,9 +206,14 @@ def stacks_of(table: Table, rule: Rule, side: SideName) -> list[Stack]:
 
 
 def layout_from_config(table: Table, config: Mapping[str, object]) -> dict[str, str]:
-    """Return the choices that a model's config.json makes."""
-    told = [(entry.name, *entry.told) for entry in table.layouts if entry.told is not None]
-    return {name: choice for name, field, choice in told if _is_set(config.get(field))}
+    """Return the choices that a model's config.json makes; none where there is no config."""
+    found = {}
+    for name, (field, choice, other) in [(entry.name, entry.told) for entry in table.layouts if entry.told is not None]:
+        if _is_set(config.get(field)):
+            found[name] = choice
+        elif other is not None and config:
+            found[name] = other
+    return found
 
 
 def _is_set(value: object) -> bool:
@@ -233,8 +238,12 @@ def _given(table: Table, layout: Mapping[str, str]) -> dict[str, str]:
     given = {key: choice for key, choice in layout.items() if key not in ("hf_prefix", "ms_prefix")}
     for key, choice in given.items():
         if key not in known:
-            names = ", ".join([*known, "hf_prefix", "ms_prefix"])
-            raise UsageError(f"{table.family} has no layout {key!r}", hint=f"known are {names}")
+            names = [f"{name}={'|'.join(choices)}" for name, choices in known.items()]
+            names += [f"{side}_prefix" for side in SIDES if table.prefix(side).text]
+            raise UsageError(
+                f"{table.family} has no layout {key!r}",
+                hint=f"--layout takes {', '.join(names)}" if names else "leave out --layout: it has none",
+            )
         if choice not in known[key]:
             raise UsageError(f"layout {key} has no choice {choice!r}", hint=choices_text(table, key))
     return given
@@ -242,9 +251,30 @@ def _given(table: Table, layout: Mapping[str, str]) -> dict[str, str]:
 
 def choices_text(table: Table, key: str, among: Iterable[str] = ()) -> str:
     """Spell a layout's choices as a hint; ``among``: only these."""
-    entry = next(entry for entry in table.layouts if entry.name == key)
-    listed = [row for row in entry.choices if row[0] in set(among)] or entry.choices
+    listed = _listed(table, key, among)
     return "choose " + ", or ".join(f"--layout {key}={choice} ({versions})" for choice, versions in listed)
+
+
+def missing_choice(table: Table, said: str, missing: Mapping[str, Iterable[str]]) -> UsageError:
+    """Return the error that asks for every layout that is needed and not known, with the choices that are left.
+
+    ``said``: what does not tell them, as ``the names do not tell``.
+    """
+    keys = list(missing)
+    if len(keys) == 1:
+        return UsageError(f"{said} which {keys[0]} is meant", hint=choices_text(table, keys[0], missing[keys[0]]))
+    listed = {key: _listed(table, key, missing[key]) for key in keys}
+    flags = " ".join(f"--layout {key}={'|'.join(choice for choice, _ in rows)}" for key, rows in listed.items())
+    return UsageError(
+        f"{said} which {', '.join(keys[:-1])} and {keys[-1]} are meant",
+        where=[f"--layout {key}={choice}: {versions}" for key in keys for choice, versions in listed[key]],
+        hint=f"add, with one value of each: {flags}",
+    )
+
+
+def _listed(table: Table, key: str, among: Iterable[str]) -> Sequence[tuple[str, str]]:
+    entry = next(entry for entry in table.layouts if entry.name == key)
+    return [row for row in entry.choices if row[0] in set(among)] or entry.choices
 
 
 def _choose(table: Table, given: Mapping[str, str], evidence: Evidence) -> dict[str, str]:
@@ -253,11 +283,13 @@ def _choose(table: Table, given: Mapping[str, str], evidence: Evidence) -> dict[
         if len(said) > 1:
             raise MappingError(f"the checkpoint mixes layouts of {key}", where=[f"{n}: {c}" for c, n in said.items()])
         chosen.setdefault(key, next(iter(said)))
+    missing: dict[str, set[str]] = {}
     for key in sorted(set(evidence.open) - set(chosen)):
         default = next(entry.default for entry in table.layouts if entry.name == key)
         if default is None or not evidence.open[key] & {default, ""}:
-            raise UsageError(
-                f"the names do not tell which {key} is meant", hint=choices_text(table, key, evidence.open[key])
-            )
-        chosen[key] = default
+            missing[key] = evidence.open[key]
+        else:
+            chosen[key] = default
+    if missing:
+        raise missing_choice(table, "the names do not tell", missing)
     return chosen

@@ -104,10 +104,18 @@ def test_what_neither_names_nor_shapes_tell_is_asked_for(store: Store, name: str
     table = TABLES[case.table]
     shapes, config = case.model()
     sizes = sizes_from_config(table, config)
-    with pytest.raises(UsageError, match="the names do not tell which fc1 is meant") as error:
+    with pytest.raises(UsageError, match="the names do not tell which fc1 and qkv are meant") as error:
         map_adapter(table, model(store, shapes), to="ms", sizes=sizes)
-    for choice in ("interleaved", "contiguous"):
-        assert f"--layout fc1={choice}" in error.value.hint
+    flags = [place.partition(":")[0] for place in error.value.where]
+    both = [f"--layout {key}={choice}" for key, choice in (("fc1", "interleaved"), ("fc1", "contiguous"))]
+    assert flags == [*both, "--layout qkv=grouped", "--layout qkv=contiguous"]
+    assert all("training" in place for place in error.value.where)
+    assert error.value.hint.endswith("--layout fc1=interleaved|contiguous --layout qkv=grouped|contiguous")
+    with pytest.raises(UsageError, match="the names do not tell which qkv is meant"):
+        map_adapter(table, model(store, shapes), to="ms", sizes=sizes, layout={"fc1": "contiguous"})
+    with pytest.raises(UsageError, match="has no layout 'qkx'") as error:
+        map_adapter(table, model(store, shapes), to="ms", sizes=sizes, layout={"qkx": "grouped"})
+    assert "qkv=grouped|contiguous" in error.value.hint
     adapter = Adapter((lora(store, "decoder.layers.0.self_attention.linear_qkv", 256, 64),))
     with pytest.raises(UsageError, match="the names do not tell which qkv is meant") as error:
         map_adapter(table, adapter, to="hf", sizes=sizes)

@@ -97,7 +97,7 @@ def test_the_good_table_loads_and_knows_its_names() -> None:
     assert len(names) == 3 * 5 + 1
     assert table.reverse().reverse() == table
     assert tables.names(table.reverse(), sizes, "hf", layout={"qkv": "plain"}) == names
-    with pytest.raises(UsageError, match="the names depend on qkv"):
+    with pytest.raises(UsageError, match="nothing tells which qkv is meant"):
         tables.names(table, sizes, "ms")
 
 
