@@ -42,6 +42,14 @@ TRANSFORMERS = {
             "qk_norm": "rms_norm",
         },
     ),
+    "hunyuan_video": ("HunyuanVideoTransformer3DModel", {}),
+    "wan": (
+        "WanTransformer3DModel",
+        {
+            "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "text_dim": 16, "freq_dim": 8,
+            "num_layers": 2, "image_dim": 20, "added_kv_proj_dim": 24,
+        },
+    ),
 }  # fmt: skip
 NORMS = {"gamma": "weight", "beta": "bias"}
 STEP = 1 << 20
@@ -82,11 +90,17 @@ def main() -> None:
     for family, (kind, config) in networks.items():
         with torch.device("meta"):
             network = getattr(diffusers, kind)(**config)
-        state, names = places(tables.names(tables.load_family(family), {}, "ms", optional=True))
+        table = tables.load_family(family)
+        sizes = tables.sizes_from_config(table, config) if table.sizes else {}
+        state, names = places(tables.names(table, sizes, "ms", optional=True))
         if kind.startswith("UNet"):
             found = theirs.convert_ldm_unet_checkpoint(state, dict(network.config))
         elif kind.startswith("Flux"):
             found = theirs.convert_flux_transformer_checkpoint_to_diffusers(state)
+        elif kind.startswith("Hunyuan"):
+            found = theirs.convert_hunyuan_video_transformer_to_diffusers(state)
+        elif kind.startswith("Wan"):
+            found = theirs.convert_wan_transformer_to_diffusers(state)
         else:
             found = theirs.convert_sd3_transformer_checkpoint_to_diffusers(state)
         out[family] = {

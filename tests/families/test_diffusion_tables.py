@@ -16,7 +16,8 @@ from lorabridge.families import tables
 
 KNOWN = json.loads(gzip.decompress((Path(__file__).parent / "diffusion_names.json.gz").read_bytes()))
 UNETS = ["sd15", "sd21", "sdxl"]
-TRANSFORMERS = ["sd3", "sd35_medium", "sd35_large", "flux"]
+TRANSFORMERS = ["sd3", "sd35_medium", "sd35_large", "flux", "hunyuan_video", "wan"]
+SIZES = {"wan": {"layers": 2, "hidden": 24, "inner": 40, "text": 16, "freq": 8, "time": 144}}
 FLOAT = BY_NAME["float16"]
 ANY_ROWS = 16
 
@@ -24,7 +25,7 @@ ANY_ROWS = 16
 def known_names(family: str, side: str, **layout: str) -> dict[str, tuple[int, ...]]:
     """Return names and shapes; sizes that a table leaves open are 16."""
     table = tables.load_family(family)
-    names = tables.names(table, {}, side, layout=layout, optional=True)
+    names = tables.names(table, SIZES.get(family, {}), side, layout=layout, optional=True)
     return {name: tuple(ANY_ROWS if n < 0 else n for n in shape) for name, shape in names.items()}
 
 
@@ -53,14 +54,16 @@ def runs(expr: Expr) -> list[list[object]]:
 @pytest.mark.parametrize("family", [*UNETS, *TRANSFORMERS])
 def test_a_network_s_names_and_shapes_are_those_of_diffusers(family: str) -> None:
     real = {name: tuple(shape) for name, shape in KNOWN[family]["network"].items()}
-    found = tables.names(tables.load_family(family), {}, "hf", layout={"hf_prefix": ""}, optional=True)
+    table, sizes = tables.load_family(family), SIZES.get(family, {})
+    found = tables.names(table, sizes, "hf", layout={"hf_prefix": ""}, optional=True)
     assert {n: tuple(r if k < 0 else k for k, r in zip(s, real[n], strict=True)) for n, s in found.items()} == real
 
 
 @pytest.mark.parametrize("family", [*UNETS, *TRANSFORMERS])
 def test_every_row_comes_from_where_diffusers_takes_it(family: str) -> None:
     names = known_names(family, "ms")
-    made = tables.map_adapter(tables.load_family(family), model(names), to="hf", sizes={}, layout={"hf_prefix": ""})
+    made = tables.map_adapter(tables.load_family(family), model(names), to="hf", sizes=SIZES.get(family, {}),
+                               layout={"hf_prefix": ""})  # fmt: skip
     found = {extra.name: runs(extra.value) for extra in made.extras}
     judged = KNOWN[family]["original"]
     assert set(found) == set(judged)
@@ -75,12 +78,12 @@ def test_a_whole_network_goes_there_and_back(family: str, bare: bool) -> None:
     table = tables.load_family(family)
     prefix = "" if bare else table.hf_prefix.text
     whole = model(known_names(family, "hf", hf_prefix=prefix))
-    there = tables.map_adapter(table, whole, to="ms", sizes={})
+    there = tables.map_adapter(table, whole, to="ms", sizes=SIZES.get(family, {}))
     assert {e.name for e in there.extras} == set(known_names(family, "ms"))
-    back = tables.map_adapter(table, there, to="hf", sizes={}, layout={"hf_prefix": prefix})
+    back = tables.map_adapter(table, there, to="hf", sizes=SIZES.get(family, {}), layout={"hf_prefix": prefix})
     assert {extra.name: extra.value for extra in back.extras} == {extra.name: extra.value for extra in whole.extras}
     shapes = {extra.name: extra.value.shape for extra in whole.extras}
-    assert not tables.check_complete(table, shapes, side="hf", sizes={}).problems
+    assert not tables.check_complete(table, shapes, side="hf", sizes=SIZES.get(family, {})).problems
 
 
 @pytest.mark.parametrize("family", [*UNETS, *TRANSFORMERS])
@@ -92,11 +95,11 @@ def test_every_module_goes_there_and_back(family: str) -> None:
     for path, (out, inner, *kernel) in shapes.items():
         a = Read(f"{path}.a", FLOAT, (4, inner, *kernel))
         b = Read(f"{path}.b", FLOAT, (out, 4, *(1,) * len(kernel)))
-        kind = "conv2d" if kernel else "linear"
+        kind = f"conv{len(kernel)}d" if kernel else "linear"
         term = Term(a, b, 0, out)
         modules.append(LoraModule(path, kind, out, (term,), Scaling(4, 4), kernel_size=tuple(kernel)))
-    there = tables.map_adapter(table, Adapter(tuple(modules)), to="ms", sizes={})
-    back = tables.map_adapter(table, there, to="hf", sizes={})
+    there = tables.map_adapter(table, Adapter(tuple(modules)), to="ms", sizes=SIZES.get(family, {}))
+    back = tables.map_adapter(table, there, to="hf", sizes=SIZES.get(family, {}))
     assert {m.path: m.terms for m in back.modules} == {m.path: m.terms for m in modules}
 
 
