@@ -1,4 +1,4 @@
-"""Size expressions of family tables: ``a * b``, ``a / b`` (exact) and ``x or y`` over the integers of a config.
+"""Size expressions of family tables: ``a * b``, ``a / b`` (exact), ``a + b`` and ``x or y`` over a config's integers.
 
 ``?`` stands for any size: a classifier's labels are a choice of whoever trained it, not of the base model's config.
 """
@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-_TOKEN = re.compile(r"\s*(?:([A-Za-z_][A-Za-z0-9_]*(?:\.(?:[A-Za-z_][A-Za-z0-9_]*|[0-9]{1,3}))*)|([0-9]{1,9})|([*/]))")
+_TOKEN = re.compile(r"\s*(?:([A-Za-z_][A-Za-z0-9_]*(?:\.(?:[A-Za-z_][A-Za-z0-9_]*|[0-9]{1,3}))*)|([0-9]{1,9})|([*/+]))")
 _LONGEST = 200
 _LARGEST = 2**48
 ANY = -1
@@ -29,10 +29,10 @@ class SizeError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Alternatives, each a chain of factors; the first whose fields all exist counts."""
+    """Alternatives, each a sum of chains of factors; the first whose fields all exist counts."""
 
     text: str
-    alternatives: tuple[tuple[Factor, ...], ...]
+    alternatives: tuple[tuple[tuple[Factor, ...], ...], ...]
 
     @classmethod
     def parse(cls, text: str) -> Size:
@@ -41,23 +41,25 @@ class Size:
             return cls(text.strip(), ())
         if len(text) > _LONGEST:
             raise SizeError(f"expression {text[:40]!r}... is longer than {_LONGEST} characters")
-        chains: list[tuple[Factor, ...]] = []
-        chain: list[Factor] = []
+        sums: list[list[list[Factor]]] = [[[]]]
         operator = "*"
         for kind, token in _tokens(text):
             if operator and kind != "operator" and token != "or":
-                chain.append((operator, int(token) if kind == "integer" else token))
+                sums[-1][-1].append((operator, int(token) if kind == "integer" else token))
                 operator = ""
+            elif not operator and token == "or":
+                sums.append([[]])
+                operator = "*"
+            elif not operator and token == "+":
+                sums[-1].append([])
+                operator = "*"
             elif not operator and kind == "operator":
                 operator = token
-            elif not operator and token == "or":
-                chains.append(tuple(chain))
-                chain, operator = [], "*"
             else:
-                raise SizeError(f"expression {text!r} is not 'a * b', 'a / b' or 'x or y'")
+                raise SizeError(f"expression {text!r} is not 'a * b', 'a / b', 'a + b' or 'x or y'")
         if operator:
             raise SizeError(f"expression {text!r} ends where a value is due")
-        return cls(text, (*chains, tuple(chain)))
+        return cls(text, tuple(tuple(tuple(chain) for chain in chains) for chains in sums))
 
     @property
     def free(self) -> bool:
@@ -67,8 +69,7 @@ class Size:
     @property
     def fields(self) -> tuple[str, ...]:
         """Every name in the expression, each once."""
-        names = [atom for chain in self.alternatives for _, atom in chain if isinstance(atom, str)]
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys(name for chains in self.alternatives for name in _names(chains)))
 
     def value(self, sizes: Mapping[str, int] | Callable[[str], int | None], *, zero: bool = False) -> int:
         """Return the value, at least 1, or ANY; SizeError where a field is missing or the value is not a size.
@@ -79,16 +80,27 @@ class Size:
             return ANY
         get = sizes if callable(sizes) else sizes.get
         lacking: list[str] = []
-        for chain in self.alternatives:
-            missing = [atom for _, atom in chain if isinstance(atom, str) and get(atom) is None]
+        for chains in self.alternatives:
+            missing = [name for name in _names(chains) if get(name) is None]
             if not missing:
-                return _product(chain, get, self.text, 0 if zero else 1)
+                return _sum(chains, get, self.text, 0 if zero else 1)
             lacking += missing
         names = tuple(dict.fromkeys(lacking))
         raise SizeError(f"{self.text!r} needs {' or '.join(names)}", names)
 
     def __str__(self) -> str:
         return self.text
+
+
+def _names(chains: tuple[tuple[Factor, ...], ...]) -> list[str]:
+    return [atom for chain in chains for _, atom in chain if isinstance(atom, str)]
+
+
+def _sum(chains: tuple[tuple[Factor, ...], ...], get: Callable[[str], int | None], text: str, least: int) -> int:
+    total = sum(_product(chain, get, text, least) for chain in chains)
+    if total > _LARGEST:
+        raise SizeError(f"{text!r} is {total}, not a size")
+    return total
 
 
 def _product(chain: tuple[Factor, ...], get: Callable[[str], int | None], text: str, least: int) -> int:

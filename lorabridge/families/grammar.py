@@ -17,6 +17,7 @@ from .rules import (
     Layout,
     Order,
     Prefix,
+    Refused,
     Rule,
     RuleRef,
     Side,
@@ -33,7 +34,7 @@ __all__ = ["Item", "Reader", "table_of"]
 SCHEMA = 1
 
 _SECTIONS = ("schema", "family", "match", "sizes", "holes", "prefix", "identity", "layout", "linear", "embedding",
-             "conv", "param", "stack", "tied", "buffer")  # fmt: skip
+             "conv", "param", "stack", "tied", "buffer", "refused")  # fmt: skip
 _RULE_KEYS = ("hf", "ms", "when", "only", "prefix", "optional")
 
 
@@ -66,6 +67,7 @@ def table_of(reader: Reader, data: Item) -> Table:
         stacks=tuple(_stack(reader, *row) for row in reader.items(data, "stack", _STACK_KEYS)),
         tied=tuple(_tied(reader, *row) for row in reader.items(data, "tied", ("hf", "ms", "to", "when"))),
         buffers=tuple(_buffer(reader, *row) for row in reader.items(data, "buffer", ("hf", "ms", "drop", "prefix"))),
+        refused=tuple(_refused(reader, *row) for row in reader.items(data, "refused", ("config", "over", "why"))),
         identity=reader.flag(top, data, "identity", False),
     )
 
@@ -316,6 +318,14 @@ def _buffer(reader: Reader, ref: RuleRef, item: Item) -> Buffer:
     return Buffer(ref, sides[0], sides[1], drop, reader.flag(ref, item, "prefix", True))
 
 
+def _refused(reader: Reader, ref: RuleRef, item: Item) -> Refused:
+    over = item.get("over")
+    if type(over) is not int or over < 0:
+        reader.complain(reader.key(ref, "over"), "over must be a number, 0 or more")
+        over = 0
+    return Refused(ref, reader.text(ref, item, "config"), over, reader.text(ref, item, "why"))
+
+
 _LAYOUT_KEYS = ("name", "choices", "default", "config")
 
 
@@ -324,7 +334,18 @@ def _layout(reader: Reader, ref: RuleRef, item: Item) -> Layout:
     if len(choices) < 2 or not all(text.strip() for _, text in choices):
         reader.complain(ref, "choices must have two entries or more, each with the versions it belongs to")
     default = reader.text(ref, item, "default") if "default" in item else None
-    told = reader.pairs(ref, item, "config") if "config" in item else ()
-    if len(told) > 1:
-        reader.complain(ref, "config names one field of config.json and the choice it means when it is true")
-    return Layout(ref, reader.text(ref, item, "name"), choices, default, told[0] if told else None)
+    return Layout(ref, reader.text(ref, item, "name"), choices, default, _told(reader, ref, item))
+
+
+def _told(reader: Reader, ref: RuleRef, item: Item) -> tuple[str, str, str | None] | None:
+    """Read which choice a field of config.json says: one when it is set, or a list of that and the one otherwise."""
+    value = item.get("config", {})
+    rows = list(value.items()) if isinstance(value, dict) else []
+    said = [(field, *(choices if isinstance(choices, list) else (choices,))) for field, choices in rows]
+    if not isinstance(value, dict) or not all(isinstance(text, str) for row in said for text in row):
+        reader.complain(reader.key(ref, "config"), "config is { field = 'choice' } or { field = ['choice', 'other'] }")
+    elif len(said) > 1 or any(len(row) not in (2, 3) for row in said):
+        reader.complain(ref, "config names one field of config.json and the choice it means when it is set")
+    elif said:
+        return (said[0][0], said[0][1], said[0][2] if len(said[0]) > 2 else None)
+    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from math import prod
 
@@ -20,8 +20,7 @@ _MOST_NAMES = 1_000_000
 def sizes_from_config(table: Table, config: Mapping[str, object]) -> dict[str, int]:
     """Return the table's sizes for a model's config.json; a MappingError lists every field that is missing or odd.
 
-    A size may be without a value where the layouts that the config decides leave no rule that uses it. The entries of
-    a list that a hole names are there as ``field.0``, ``field.1`` ...
+    A size may be without a value where the layouts that the config decides leave no rule that uses it.
     """
     sizes: dict[str, int] = {}
     problems = []
@@ -38,11 +37,11 @@ def sizes_from_config(table: Table, config: Mapping[str, object]) -> dict[str, i
         except SizeError as error:
             if name in needed or not error.missing:
                 problems.append(f"{table.file}: size {name!r}: {error}")
-    for field in dict.fromkeys(span.without for _, span in table.holes if span.without):
-        try:
-            sizes |= _entries(config, field)
-        except SizeError as error:
-            problems.append(f"{table.file}: {error}")
+    if refusals := _refusals(table, config):
+        raise MappingError(
+            f"the table {table.family} has no model with this config", where=refusals,
+            hint="there is nothing to convert it to; --family identity keeps the names",
+        )  # fmt: skip
     problems = problems or check_sizes(table, sizes, told)
     if problems:
         raise MappingError(
@@ -63,13 +62,19 @@ def _needed(table: Table, told: Mapping[str, str]) -> set[str]:
     return needed
 
 
-def _entries(config: Mapping[str, object], field: str) -> dict[str, int]:
-    value = config.get(field)
-    if value is None:
-        return {}
-    if not isinstance(value, list | tuple) or not all(type(number) is int and number >= 0 for number in value):
-        raise SizeError(f"config field {field} is {str(value)[:40]!r}, not a list of numbers")
-    return {f"{field}.{k}": number for k, number in enumerate(value)}
+def _refusals(table: Table, config: Mapping[str, object]) -> list[str]:
+    """Say why the ms side has no such model."""
+    out = []
+    for refused in table.refused:
+        try:
+            value = config_integer(config, refused.config)
+        except SizeError as error:
+            out.append(f"{refused.ref}: {error}")
+            continue
+        if value is not None and value > refused.over:
+            said = str(config.get(refused.config))[:40]
+            out.append(f"{refused.ref}: {refused.config} is {said} in the config: {refused.why}")
+    return out
 
 
 def slot_shape(slot: Slot, side: SideName, sizes: Sizes) -> Shape:
@@ -132,15 +137,15 @@ def names(
     return Stacks.of(table, side, variant).stacked_shapes(out)
 
 
-def hole_numbers(table: Table, side: SideName, sizes: Sizes) -> dict[str, Sequence[int]]:
+def hole_numbers(table: Table, side: SideName, sizes: Sizes) -> dict[str, range]:
     """Return the numbers of every integer hole on a side."""
     return {hole: span.numbers(side, sizes) for hole, span in table.holes}
 
 
-def fill(slot: Slot, side: SideName, variant: Variant, numbers: Mapping[str, Sequence[int]]) -> Iterator[str]:
+def fill(slot: Slot, side: SideName, variant: Variant, numbers: Mapping[str, range]) -> Iterator[str]:
     """Return every name of a slot."""
     holes = slot.template.holes
-    ranges = [range(options) if options else numbers.get(hole, ()) for hole, options in holes.items()]
+    ranges = [range(options) if options else numbers.get(hole, range(0)) for hole, options in holes.items()]
     if prod(len(values) for values in ranges) > _MOST_NAMES:
         raise MappingError(f"{slot.template} would have more than {_MOST_NAMES} names", where=str(slot.rule.ref))
     for values in product(*ranges):

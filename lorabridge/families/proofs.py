@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 
 from ..axes import ShapeError
@@ -123,8 +123,9 @@ def _sizes(table: Table) -> Iterator[str]:
 def _layouts(table: Table) -> Iterator[str]:
     seen = {"hf_prefix", "ms_prefix"}
     for layout in table.layouts:
-        if layout.told is not None and layout.told[1] not in dict(layout.choices):
-            yield f"{layout.ref}: config says {layout.told[1]!r}, which is not a choice"
+        for choice in layout.told[1:] if layout.told is not None else ():
+            if choice is not None and choice not in dict(layout.choices):
+                yield f"{layout.ref}: config says {choice!r}, which is not a choice"
         if layout.name in seen:
             yield f"{layout.ref}: layout {layout.name!r} is declared twice or reserved"
         seen.add(layout.name)
@@ -241,13 +242,16 @@ def _other_claims(table: Table, side: SideName) -> Iterator[Claim]:
                 yield template.between(prefix), buffer.ref, ()
 
 
-def check_sizes(table: Table, sizes: dict[str, int]) -> list[str]:
+def check_sizes(table: Table, sizes: Mapping[str, int], told: Mapping[str, str]) -> list[str]:
     """Return what does not fit once a config is known: sizes without a value, parts that do not divide by groups.
 
-    Rows that are rearranged must be as many as their part has.
+    Rows that are rearranged must be as many as their part has. ``told``: layouts that the config decides; rules that
+    do not hold under them are passed over.
     """
     problems = []
     for rule in table.rules:
+        if not rule.holds(told):
+            continue
         try:
             for side in SIDES:
                 problems += [f"{rule.ref}: {problem}" for problem in _misfits(rule, side, sizes)]
@@ -263,7 +267,7 @@ def check_sizes(table: Table, sizes: dict[str, int]) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-def _misfits(rule: Rule, side: SideName, sizes: dict[str, int]) -> Iterator[str]:
+def _misfits(rule: Rule, side: SideName, sizes: Mapping[str, int]) -> Iterator[str]:
     for face in rule.side(side).faces:
         groups = face.groups.value(sizes)
         for part in face.parts if len(face.parts) > 1 else ():

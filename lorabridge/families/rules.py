@@ -174,14 +174,15 @@ class Span:
 class Layout:
     """A property of a checkpoint that shapes do not show. ``choices``: (choice, the versions it belongs to).
 
-    ``told``: (field, choice): a field of config.json that, when it is true or a number above zero, says the choice.
+    ``told``: (field, choice, other): a field of config.json that says the choice when it is true or a number above
+    zero, and otherwise the other one, where there is one.
     """
 
     ref: RuleRef
     name: str
     choices: tuple[tuple[str, str], ...]
     default: str | None = None
-    told: tuple[str, str] | None = None
+    told: tuple[str, str, str | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +238,16 @@ class Buffer:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """A field of config.json that must not be above ``over`` (a list's length), since the ms side has no such model."""
+
+    ref: RuleRef
+    config: str
+    over: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """The correspondence of one model family's Hugging Face names and one MindSpore project's names.
 
@@ -257,6 +268,7 @@ class Table:
     stacks: tuple[Stack, ...] = ()
     tied: tuple[Tied, ...] = ()
     buffers: tuple[Buffer, ...] = ()
+    refused: tuple[Refused, ...] = ()
     identity: bool = False
 
     def prefix(self, side: SideName) -> Prefix:

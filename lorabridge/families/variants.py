@@ -208,11 +208,11 @@ def stacks_of(table: Table, rule: Rule, side: SideName) -> list[Stack]:
 def layout_from_config(table: Table, config: Mapping[str, object]) -> dict[str, str]:
     """Return the choices that a model's config.json makes; none where there is no config."""
     found = {}
-    for name, (field, choice, other) in [(entry.name, entry.told) for entry in table.layouts if entry.told is not None]:
-        if _is_set(config.get(field)):
-            found[name] = choice
-        elif other is not None and config:
-            found[name] = other
+    for entry in table.layouts if config else ():
+        name, choice, other = entry.told or ("", None, None)
+        said = choice if _is_set(config.get(name)) else other
+        if said is not None:
+            found[entry.name] = said
     return found
 
 

@@ -36,6 +36,18 @@ def qwen3(part: str, cls: str, **fields: object) -> object:
     return mcore(*args, part, **QWEN | fields)
 
 
+def telechat3(**fields: object) -> object:
+    """Build TeleChat3-MoE, whose configuration does not hand the sizes of heads on: its network has the defaults'."""
+    return graph_training(
+        "telechat3_moe",
+        "telechat3_moe",
+        "TeleChat3MoeConfig",
+        "TrainingTeleChat3MoeForCausalLM",
+        **DEEPSEEK | GROUPED | {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
+        **fields,
+    )
+
+
 def deepseek3(part: str, cls: str, **fields: object) -> object:
     args = ("deepseek3", "deepseek_v3", "DeepseekV3Config", cls)
     if part == "train":
@@ -98,6 +110,16 @@ MOE = {
             "train", "TrainingDeepseekV3ForCausalLM", mla_qkv_concat=True),
         "deepseek3_mcore.2.1.0.pynative": lambda: deepseek3("pynative", "PyNativeDeepseekV3ForCausalLM"),
         "deepseek3_mcore.2.1.0.predict": lambda: deepseek3("infer", "InferenceDeepseekV3ForCausalLM"),
+        "deepseek3_mcore.2.1.0.direct_graph": lambda: deepseek3(
+            "train", "TrainingDeepseekV3ForCausalLM", mla_qkv_concat=False, q_lora_rank=None),
+        "deepseek3_mcore.2.1.0.direct_graph_concat": lambda: deepseek3(
+            "train", "TrainingDeepseekV3ForCausalLM", mla_qkv_concat=True, q_lora_rank=None),
+        "deepseek3_mcore.2.1.0.direct_pynative": lambda: deepseek3(
+            "pynative", "PyNativeDeepseekV3ForCausalLM", q_lora_rank=None),
+        "deepseek3_mcore.2.1.0.direct_predict": lambda: deepseek3(
+            "infer", "InferenceDeepseekV3ForCausalLM", q_lora_rank=None),
+        "deepseek3_mcore.2.1.0.telechat3_graph": lambda: telechat3(mla_qkv_concat=False),
+        "deepseek3_mcore.2.1.0.telechat3_graph_concat": lambda: telechat3(mla_qkv_concat=True),
         "glm4_moe_mcore.2.1.0.predict": lambda: mcore(
             "glm4_moe", "glm4_moe", "Glm4MoeConfig", "InferenceGlm4MoeForCausalLM", "infer", **GLM),
     },

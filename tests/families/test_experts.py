@@ -19,6 +19,7 @@ from lorabridge.families.tables import (
     Table,
     check_complete,
     detect_family,
+    layout_from_config,
     load_family,
     map_adapter,
     sizes_from_config,
@@ -37,6 +38,7 @@ DEEPSEEK = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
             "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "vocab_size": 128,
             "q_lora_rank": 24, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "v_head_dim": 16,
             "qk_nope_head_dim": 12}  # fmt: skip
+TELECHAT3 = DEEPSEEK | {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64}  # names of DeepSeek-V3, says weight_mapping
 MIXTRAL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
            "intermediate_size": 28, "num_local_experts": 3, "num_experts_per_tok": 2, "vocab_size": 40}  # fmt: skip
 SHARING = MIXTRAL | {"moe_intermediate_size": 28, "shared_expert_intermediate_size": 56, "num_experts": 3}
@@ -52,6 +54,7 @@ GLM = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num
 GRAPH = {"qkv": "grouped", "fc1": "interleaved", "experts": "flat", "expert_bias": "router"}
 PYNATIVE = GRAPH | {"experts": "stacked", "expert_bias": "layer"}
 PREDICT = {"qkv": "contiguous", "fc1": "contiguous", "experts": "stacked", "expert_bias": "router"}
+ONE = {"fc1": "interleaved", "experts": "flat", "expert_bias": "router"}
 BATCHED, GROUPED = {"experts": "batched"}, {"experts": "grouped"}
 DISK = {"hf_experts": "disk"}
 
@@ -62,7 +65,16 @@ CASES = [
         "deepseek3_mcore.2.1.0.graph": GRAPH | {"mla": "split"},
         "deepseek3_mcore.2.1.0.graph_concat": GRAPH | {"mla": "concat"},
         "deepseek3_mcore.2.1.0.pynative": PYNATIVE | {"mla": "concat"},
-        "deepseek3_mcore.2.1.0.predict": PREDICT | {"mla": "predict"}}, DISK),
+        "deepseek3_mcore.2.1.0.predict": PREDICT | {"mla": "predict"}}, DISK | {"query": "compressed"}),
+    Case("deepseek3_mcore", "DeepseekV3ForCausalLM", DEEPSEEK | {"q_lora_rank": None}, {
+        "deepseek3_mcore.2.1.0.direct_graph": GRAPH | {"mla": "split"},
+        "deepseek3_mcore.2.1.0.direct_graph_concat": GRAPH | {"mla": "concat"},
+        "deepseek3_mcore.2.1.0.direct_pynative": PYNATIVE | {"mla": "concat"},
+        "deepseek3_mcore.2.1.0.direct_predict": PREDICT | {"mla": "predict"}}, DISK | ONE | {"query": "direct"}),
+    Case("deepseek3_mcore", "DeepseekV3ForCausalLM", TELECHAT3, {
+        "deepseek3_mcore.2.1.0.telechat3_graph": GRAPH | {"mla": "split"},
+        "deepseek3_mcore.2.1.0.telechat3_graph_concat": GRAPH | {"mla": "concat"}},
+        DISK | ONE | {"query": "compressed", "mla": "split"}),
     Case("glm4_moe_mcore", "Glm4MoeForCausalLM", GLM, {"glm4_moe_mcore.2.1.0.predict": {}}, DISK),
     Case("mixtral", "MixtralForCausalLM", MIXTRAL, {
         "mixtral.1.5.0.batched": BATCHED, "mixtral.1.5.0.grouped": GROUPED,
@@ -141,7 +153,7 @@ def layouts(case: Case, more: bool) -> Iterator[dict[str, str]]:
     choices = [[choice for choice, _ in layout.choices] for layout in table.layouts if layout.name in names]
     for chosen in product(*choices):
         layout = {**case.fixed, **dict(zip(names, chosen, strict=True))}
-        if not (more and layout.get("mla") == "predict") and layout.get("head") != "tied":
+        if not (more and str(layout.get("mla")).startswith("predict")) and layout.get("head") != "tied":
             yield layout
 
 
@@ -200,6 +212,8 @@ def test_a_converted_model_has_the_parameters_of_the_network(
     made: Shapes = {extra.name: extra.value.shape for extra in there.extras}
     assert made == {key: shape for key, shape in network.items() if key not in counted}
     told = {key: choice for key, choice in layout.items() if key in ("qkv", "fc1", "qkv_concat")}
+    told |= {key: choice for key, choice in layout_from_config(table, config).items() if key == "query"}
+    told |= {"mla": "predict"} if layout.get("mla") == "predict" else {}
     told |= {"experts": layout["experts"]} if layout.get("experts") in ("batched", "transposed") else {}
     back = map_adapter(table, model(Store(), network), to="hf", sizes=sizes, layout=told)
     dropped = {key for key, _ in there.left_out}
@@ -257,7 +271,10 @@ def test_experts_lie_as_mindformers_stacks_them(store: Store, experts: str) -> N
 
 
 def test_inference_reorders_rotary_rows_as_mindformers_does(store: Store) -> None:
-    """parallel_core/inference/weights_utils.py: of every head the last rows, first the even ones, then the odd ones."""
+    """parallel_core/inference/weights_utils.py: of every head the last rows, first the even ones, then the odd ones.
+
+    tensor_parallel/layers.py puts kv_down before q_down since 1.7; 1.6 had them the other way round.
+    """
     table, shapes, _, sizes = of(CASES[1], False)
     layout = PREDICT | {"mla": "predict"}
     layout = {key: layout[key] for key in ("mla", "fc1", "experts", "expert_bias")}
@@ -268,8 +285,12 @@ def test_inference_reorders_rotary_rows_as_mindformers_does(store: Store) -> Non
     turned = np.concatenate([heads[:, :12], heads[:, 12::2], heads[:, 13::2]], 1)
     assert (made[f"{to}linear_q_up_proj.weight"] == turned.reshape(80, 24)).all()
     kv = store.bits[f"{at}kv_a_proj_with_mqa.weight"]
-    down = np.concatenate([store.bits[f"{at}q_a_proj.weight"], kv[:32], kv[32::2], kv[33::2]])
-    assert (made[f"{to}linear_qkv_down_proj.weight"] == down).all()
+    parts = [kv[:32], kv[32::2], kv[33::2], store.bits[f"{at}q_a_proj.weight"]]
+    assert (made[f"{to}linear_qkv_down_proj.weight"] == np.concatenate(parts)).all()
+    older = map_adapter(table, model(Store(), shapes), to="ms", sizes=sizes, layout=layout | {"mla": "predict16"})
+    down = next(extra.value for extra in older.extras if extra.name == f"{to}linear_qkv_down_proj.weight")
+    old = axes.evaluate(down, store.bits.__getitem__, {})
+    assert (old == np.concatenate([parts[-1], *parts[:-1]])).all()
     pairs = store.bits[f"{at}kv_b_proj.weight"].reshape(4, 28, 32)
     keys_values = np.concatenate([pairs[:, :12].reshape(48, 32), pairs[:, 12:].reshape(64, 32)])
     assert (made[f"{to}linear_kv_up_proj.weight"] == keys_values).all()
@@ -314,3 +335,24 @@ def test_a_flat_stack_needs_a_config_and_a_deep_one_none(store: Store) -> None:
             assert "--config config.json" in error.value.hint
         else:
             assert len(map_adapter(table, file, to="hf").extras) == 2 * 4 * 3
+
+
+@pytest.mark.parametrize(("field", "value"), [("mlp_only_layers", [1]), ("decoder_sparse_step", 2)])
+def test_layers_without_experts_that_the_network_would_give_experts_are_refused(field: str, value: object) -> None:
+    """Qwen3MoeConfig of MindFormers 2.1.0 calls both fields useless; its networks have one spec for every layer."""
+    table, _, config, _ = of(CASES[0], False)
+    with pytest.raises(MappingError, match="qwen3_moe_mcore has no model with this config") as error:
+        sizes_from_config(table, config | {field: value})
+    assert f"{field} is {value} in the config: MindFormers reads it nowhere" in error.value.where[0]
+
+
+def test_the_config_tells_how_queries_are_made() -> None:
+    table = TABLES["deepseek3_mcore"]
+    assert layout_from_config(table, {"q_lora_rank": 24})["query"] == "compressed"
+    assert layout_from_config(table, {"q_lora_rank": None})["query"] == "direct"
+    assert layout_from_config(table, {}) == {}
+    sizes = sizes_from_config(table, dict(CASES[2].config) | {"num_nextn_predict_layers": 0})
+    assert "q_rank" not in sizes
+    with pytest.raises(MappingError, match="does not fit") as error:
+        sizes_from_config(table, {k: v for k, v in CASES[2].config.items() if k != "kv_lora_rank"})
+    assert any("'kv_lora_rank' needs kv_lora_rank" in line for line in error.value.where)

@@ -149,7 +149,7 @@ def test_the_good_table_loads_and_knows_its_names() -> None:
         # forms
         ('ms = { qkv = "b.{i}.w_qkv" }', 'ms = { a = "b.{i}.a", b = "b.{i}.b" }', 23, "exactly one"),
         (', v = "kv * head" }', " }", line_of('out = { q'), "out must give the size of q, k, v"),
-        ('in = "hidden"', 'in = "hidden +"', line_of('in = "hidden"'), "unreadable character"),
+        ('in = "hidden"', 'in = "hidden -"', line_of('in = "hidden"'), "unreadable character"),
         ('in = "hidden"', 'in = "1e9 * hidden"', line_of('in = "hidden"'), "is not 'a * b'"),
         ('in = "hidden"', "in = 5", line_of('in = "hidden"'), "in must be given as a text"),
         ('choices = { grouped = "2.0 and later", plain = "1.x" }',
@@ -239,7 +239,8 @@ def test_parts_that_do_not_divide_by_groups_are_found_with_the_config() -> None:
     [("a", 6), ("4 * a", 24), ("a / b", 3), ("a*b / 4", 3), ("x or a", 6), ("x or y or 7", 7), ("x * 2 or 5", 5),
      ("n.a or 3", 4), ("labels", 2), ("zero or a", None), ("b / a", None), ("x", None), ("a / zero", None),
      ("999999999 * 999999999", None), ("flag", None), ("text", None), ("labels.0", None), ("depths.1", 3),
-     ("depths", 2), ("depths.2 or 9", 9), ("stages.1.0", 5)],
+     ("depths", 2), ("depths.2 or 9", 9), ("stages.1.0", 5), ("a + b", 8), ("2 * a + b / 2", 13), ("x + a or b", 2),
+     ("b + x or a + 1", 7), ("a + zero", None)],
 )  # fmt: skip
 def test_size_expressions(text: str, value: int | None) -> None:
     config = {
@@ -263,7 +264,7 @@ def test_size_expressions(text: str, value: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a *", "* a", "a b", "or a", "a or", "a + b", "(a)", "a ** b", "2.5", "-1", "? or 2"]
+    "text", ["", "a *", "* a", "a b", "or a", "a or", "a +", "+ a", "a - b", "(a)", "a ** b", "2.5", "-1", "? or 2"]
 )
 def test_other_expressions_are_refused(text: str) -> None:
     with pytest.raises(SizeError):
