@@ -356,3 +356,21 @@ def test_the_config_tells_how_queries_are_made() -> None:
     with pytest.raises(MappingError, match="does not fit") as error:
         sizes_from_config(table, {k: v for k, v in CASES[2].config.items() if k != "kv_lora_rank"})
     assert any("'kv_lora_rank' needs kv_lora_rank" in line for line in error.value.where)
+
+
+def test_the_layer_of_glm_that_no_network_has_is_left_out_by_name(store: Store) -> None:
+    """Names as in the index of zai-org/GLM-4.5-Air; transformers ignores them when it loads the model."""
+    case = next(case for case in CASES if case.table == "glm4_moe_mcore")
+    table, shapes, config, _ = of(case, False)
+    more = further(shapes, config)
+    sizes = sizes_from_config(table, config | {"num_nextn_predict_layers": 1})
+    found = check_complete(table, more, side="hf", sizes=sizes, layout=DISK, architecture=case.architecture)
+    assert found.problems == ()
+    there = map_adapter(table, model(store, more), to="ms", sizes=sizes)
+    left = {name for name, why in there.left_out if "predicts further tokens" in why}
+    assert left == set(more) - set(shapes)
+    assert len(left) == 34
+    plain = map_adapter(table, model(Store(), shapes), to="ms", sizes=sizes)
+    assert {e.name: e.value.shape for e in there.extras} == {e.name: e.value.shape for e in plain.extras}
+    with pytest.raises(MappingError, match="do not fit"):
+        map_adapter(table, model(Store(), more), to="ms", sizes=sizes_from_config(table, config))
