@@ -21,6 +21,8 @@ from .flattened import Place
 from .pairs import Problems
 
 _KINDS: dict[int, ModuleKind] = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
+OFT = "oft_unet_"
+"""How sd-scripts' OFT networks call their modules; of 2026-02."""
 MERGE = "merge it into the base with LyCORIS or sd-scripts first"
 
 
@@ -42,6 +44,7 @@ class Kohya:
         MappingError: names of no known model (see ``flattened``), half pairs, shapes that do not fit, kinds that are
         no product, products without the request to write them as LoRA, magnitudes per input.
         """
+        _refuse_oft(content)
         groups = _groups(content)
         if not groups:
             raise MappingError(
@@ -65,8 +68,21 @@ class Kohya:
         return kohya_write.write(adapter, facts)
 
 
+def _refuse_oft(content: Content) -> None:
+    """Refuse a file of sd-scripts' networks/oft.py or oft_flux.py, whose names begin otherwise than LoRA's."""
+    found = [name for name in content.specs if name.startswith(OFT)]
+    if found:
+        raise MappingError(
+            "OFT, which rotates the weight, is no product of factors",
+            where=[*found, f"in {content.path}"],
+            hint="merge it into the base with sd-scripts first",
+        )
+
+
 def _is_update(name: str) -> bool:
     module, _, tensor = name.partition(".")
+    if name.startswith(OFT):
+        return tensor == "oft_blocks"
     own = tensor in lycoris.KNOWN and tensor not in ("weight", "alpha", "scalar", "rescale")
     return bool(own and flattened.prefix_of(module))
 
