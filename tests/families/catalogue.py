@@ -122,6 +122,7 @@ CASES = [
     Case("telechat", "telechat_12b.hf", dumps={"telechat.1.4.0-beta1.12b": {}}),
     Case("telechat", "telechat2.hf", dumps={
         "telechat.1.5.0.telechat2": {}, "telechat.1.5.0.telechat2_concat": {"qkv_concat": "contiguous"}}),
+    Case("telechat_52b", "telechat_52b.hf", dumps={"telechat_52b.1.4.0-beta1": {"mp": "4"}}),
     Case("telechat2_mcore", "telechat2_wide.hf", dumps={"telechat2_mcore.2.1.0.predict": {}}),
     Case("qwen2_mcore", "Qwen2ForCausalLM", CORE, {"qwen2_mcore.2.1.0.predict": {}}),
     Case("qwen3_mcore", "Qwen3ForCausalLM", WIDE, {

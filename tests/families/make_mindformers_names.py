@@ -96,9 +96,9 @@ def glm2(**fields: object) -> object:
     )
 
 
-def telechat(name: str, kv_heads: int) -> object:
+def telechat(name: str, kv_heads: int, **fields: object) -> object:
     return like_llama("research.telechat.telechat", "TelechatForCausalLM", "research.telechat.telechat_config",
-                      "TelechatConfig", model_name=name, net_name=name, n_kv_heads=kv_heads)  # fmt: skip
+                      "TelechatConfig", model_name=name, net_name=name, n_kv_heads=kv_heads, **fields)  # fmt: skip
 
 
 def telechat2(**fields: object) -> object:
@@ -170,6 +170,8 @@ CASES: dict[str, dict[str, Case]] = {
     "1.4.0-beta1": {
         "telechat.1.4.0-beta1.7b": lambda: telechat("telechat_7b", 4),
         "telechat.1.4.0-beta1.12b": lambda: telechat("telechat_12b", 4),
+        "telechat_52b.1.4.0-beta1": lambda: telechat(
+            "telechat_52b", 8, hidden_size=32, num_heads=8, intermediate_size=24, wo_has_bias=False),
     },
     "1.5.0": {
         "telechat.1.5.0.telechat2": telechat2,

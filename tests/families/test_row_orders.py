@@ -61,6 +61,11 @@ def telechat(t: Arrays) -> list[np.ndarray]:
     return [q, *keys_and_values(t[f"{at}key_value.weight"], 2, q.shape[0] // 4)]
 
 
+def per_device(w: np.ndarray, parts: int, devices: int) -> np.ndarray:
+    """convert_weight_torch_to_ms of TeleChat-52B: a Conv1D's weight, turned, with each device's rows of every part."""
+    return w.T.reshape(parts, devices, -1, w.shape[0]).swapaxes(0, 1).reshape(w.T.shape)
+
+
 def bloom(t: Arrays, part: int) -> np.ndarray:
     """bloom's convert_weight: reshape(n_head, 3, head, -1)."""
     return t["transformer.h.1.self_attention.query_key_value.weight"].reshape(4, 3, 6, 24)[:, part].reshape(24, 24)
@@ -92,6 +97,12 @@ ROWS: list[tuple[str, dict[str, str], str, Formula]] = [
      "model.layers.1.attention.w_qkv.weight", lambda t: np.concatenate(telechat(t))),
     ("telechat-telechat2.hf", {"qkv_concat": "off"},
      "model.layers.1.attention.wk_v.weight", lambda t: t["transformer.h.1.self_attention.key_value.weight"]),
+    ("telechat_52b-telechat_52b.hf", {"mp": "1"},
+     "model.layers.1.attention.w_qkv.weight", lambda t: t["transformer.h.1.attn.c_attn.weight"].T),
+    ("telechat_52b-telechat_52b.hf", {"mp": "4"}, "model.layers.1.attention.w_qkv.weight",
+     lambda t: per_device(t["transformer.h.1.attn.c_attn.weight"], 3, 4)),
+    ("telechat_52b-telechat_52b.hf", {"mp": "8"}, "model.layers.1.feed_forward.w_gate_hidden.weight",
+     lambda t: per_device(t["transformer.h.1.mlp.c_fc.weight"], 2, 8)),
     ("llama_meta-llama_meta.hf", {},
      "model.layers.1.attention.wq.weight", lambda t: permuted(t["layers.1.attention.wq.weight"], 4)),
     ("llama_meta-llama_meta.hf", {},
