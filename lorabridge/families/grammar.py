@@ -67,7 +67,7 @@ def table_of(reader: Reader, data: Item) -> Table:
         stacks=tuple(_stack(reader, *row) for row in reader.items(data, "stack", _STACK_KEYS)),
         tied=tuple(_tied(reader, *row) for row in reader.items(data, "tied", ("hf", "ms", "to", "when"))),
         buffers=tuple(_buffer(reader, *row) for row in reader.items(data, "buffer", ("hf", "ms", "drop", "prefix"))),
-        refused=tuple(_refused(reader, *row) for row in reader.items(data, "refused", ("config", "over", "why"))),
+        refused=tuple(_refused(reader, *row) for row in reader.items(data, "refused", ("config", "over", "under", "why"))),
         identity=reader.flag(top, data, "identity", False),
     )
 
@@ -120,7 +120,13 @@ def _linear(reader: Reader, ref: RuleRef, item: Item) -> Rule:
     if "groups" in item and all(len(modules) == 1 < len(parts) for modules in faces.values()):
         reader.complain(reader.key(ref, "groups"), "both sides are fused: say hf_groups and ms_groups")
     sides = {
-        side: Side(faces[side], _order(reader, ref, item, f"{side}_order"), rows=_rows(reader, ref, item, side, parts))
+        side: Side(
+            faces[side],
+            _order(reader, ref, item, f"{side}_order"),
+            _parameter(reader, ref, item, f"{side}_weight", "weight"),
+            _parameter(reader, ref, item, f"{side}_bias", "bias"),
+            _rows(reader, ref, item, side, parts),
+        )
         for side in SIDES
     }
     return _conditioned(
@@ -132,6 +138,15 @@ def _linear(reader: Reader, ref: RuleRef, item: Item) -> Rule:
             bias=_bias(reader, ref, item),
         ),
     )  # fmt: skip
+
+
+def _parameter(reader: Reader, ref: RuleRef, item: Item, key: str, usual: str) -> str:
+    """Read what a module calls its weight or bias."""
+    name = reader.text(ref, item, key, usual)
+    if not (name.isascii() and name.isidentifier()):
+        reader.complain(reader.key(ref, key), f"{key} must be the name of one parameter")
+        return usual
+    return name
 
 
 def _faces(reader: Reader, ref: RuleRef, item: Item, side: SideName, parts: Sequence[str]) -> tuple[Face, ...]:
@@ -274,7 +289,7 @@ def _stored(
 
 _RULES: dict[str, tuple[Callable[[Reader, RuleRef, Item], Rule], tuple[str, ...]]] = {
     "linear": (_linear, ("out", "in", "bias", "hf_order", "ms_order", "groups", "hf_groups", "ms_groups", "hf_rows",
-                         "ms_rows")),
+                         "ms_rows", "hf_weight", "ms_weight", "hf_bias", "ms_bias")),
     "embedding": (_embedding, ("axes",)),
     "conv": (_conv, ("out", "in", "kernel", "bias", "hf_axes", "ms_axes")),
     "param": (_param, ("axes", "hf_axes", "ms_axes")),
@@ -319,11 +334,12 @@ def _buffer(reader: Reader, ref: RuleRef, item: Item) -> Buffer:
 
 
 def _refused(reader: Reader, ref: RuleRef, item: Item) -> Refused:
-    over = item.get("over")
-    if type(over) is not int or over < 0:
-        reader.complain(reader.key(ref, "over"), "over must be a number, 0 or more")
-        over = 0
-    return Refused(ref, reader.text(ref, item, "config"), over, reader.text(ref, item, "why"))
+    bounds = {name: item.get(name) for name in ("over", "under") if name in item}
+    numbers = {name: value for name, value in bounds.items() if type(value) is int and value >= 0}
+    if not bounds or len(numbers) < len(bounds):
+        reader.complain(ref, "a refused config has over or under, numbers of 0 or more")
+    field, why = (reader.text(ref, item, name) for name in ("config", "why"))
+    return Refused(ref, field, numbers.get("over"), numbers.get("under"), why)
 
 
 _LAYOUT_KEYS = ("name", "choices", "default", "config")

@@ -71,7 +71,7 @@ def _refusals(table: Table, config: Mapping[str, object]) -> list[str]:
         except SizeError as error:
             out.append(f"{refused.ref}: {error}")
             continue
-        if value is not None and value > refused.over:
+        if refused.meets(value or 0):
             said = str(config.get(refused.config))[:40]
             out.append(f"{refused.ref}: {refused.config} is {said} in the config: {refused.why}")
     return out

@@ -53,14 +53,15 @@ class Face:
 class Side:
     """How one side calls and stores what a rule is about.
 
-    ``order``: axes of the stored base weight. ``weight``: the parameter that a LoRA delta is added to. ``rows``: per
-    part, how its rows lie there (None: in the common order; empty: all are). ``stored``: the axes of a "param" or of a
-    "conv" weight where they differ from the common ones.
+    ``order``: axes of the stored base weight. ``weight``: the parameter that a LoRA delta is added to, ``bias`` the one
+    beside it. ``rows``: per part, how its rows lie there (None: in the common order; empty: all are). ``stored``: the
+    axes of a "param" or of a "conv" weight where they differ from the common ones.
     """
 
     faces: tuple[Face, ...]
     order: Order = "out in"
     weight: str = "weight"
+    bias: str = "bias"
     rows: tuple[Arrangement | None, ...] = ()
     stored: Arrangement | None = None
 
@@ -239,12 +240,17 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A field of config.json that must not be above ``over`` (a list's length), since the ms side has no such model."""
+    """A config without a model on the ms side: a field (a list counts its entries, none is 0) above or below a number."""
 
     ref: RuleRef
     config: str
-    over: int
+    over: int | None
+    under: int | None
     why: str
+
+    def meets(self, value: int) -> bool:
+        """Say whether a field's value is one that is refused."""
+        return (self.over is not None and value > self.over) or (self.under is not None and value < self.under)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,5 +330,5 @@ def slots_of(rule: Rule, side: SideName) -> list[Slot]:
         out.append(Slot(module.template, rule, k, "module"))
         out.append(Slot(module.template.between("", f".{face.weight}"), rule, k, "weight"))
         if rule.bias != "no":
-            out.append(Slot(module.template.between("", ".bias"), rule, k, "bias"))
+            out.append(Slot(module.template.between("", f".{face.bias}"), rule, k, "bias"))
     return out

@@ -66,9 +66,11 @@ BIASED = ROUTED | {"expert_num": 4, "shared_expert_num": 2, "first_k_dense_repla
 
 
 def without_groups() -> None:
-    """Let layers that exchange tokens between devices be built without any other device."""
-    import mindformers.modules.transformer.moev3 as layers
-
+    """Let layers that exchange tokens between devices be built without any other device; 1.3 has none."""
+    try:
+        import mindformers.modules.transformer.moev3 as layers
+    except ModuleNotFoundError:
+        return
     layers.create_group = lambda *_, **__: None
 
 
@@ -89,9 +91,23 @@ def old_deepseek(**fields: object) -> object:
                    "DeepseekV3Config", **OLD, moe_config=BIASED | fields)  # fmt: skip
 
 
+def deepseek2(module: str, **fields: object) -> object:
+    """Build DeepSeek-V2: without the further layer and the balancing bias of DeepSeek-V3."""
+    without_groups()
+    fewer = {key: value for key, value in BIASED.items() if "topk_bias" not in key}
+    made = fewer | {"topk_method": "group_limited_greedy"} | fields
+    own = {key: value for key, value in OLD.items() if key != "mtp_depth"}
+    where = "research.deepseek2"
+    return network(f"{where}.{module}", "DeepseekV2ForCausalLM", f"{where}.deepseek2_config", "DeepseekV2Config",
+                   **own, moe_config=made)  # fmt: skip
+
+
 SHARED = {"shared_expert_num": 2, "use_shared_expert_gating": True}
 MOE = {
+    "1.3.0": {"deepseek2.1.3.0.whole": lambda: deepseek2("deepseek2")},
     "1.5.0": {
+        "deepseek2.1.5.0.batched": lambda: deepseek2("deepseek2_model"),
+        "deepseek2.1.5.0.grouped": lambda: deepseek2("deepseek2_model", use_gmm=True),
         "mixtral.1.5.0.batched": llama,
         "mixtral.1.5.0.grouped": lambda: llama(use_gmm=True),
         "mixtral.1.5.0.predict": lambda: llama(predict=True),

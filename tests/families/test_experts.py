@@ -82,6 +82,9 @@ CASES = [
     Case("qwen2_moe", "Qwen2MoeForCausalLM", SHARING, {
         "qwen2_moe.1.5.0.batched": BATCHED, "qwen2_moe.1.5.0.grouped": GROUPED,
         "qwen2_moe.1.5.0.predict_concat": {"experts": "transposed", "qkv_concat": "grouped"}}, DISK),
+    Case("deepseek2", "DeepseekV2ForCausalLM", OLD | {"head_dim": 4, "norm_topk_prob": False}, {
+        "deepseek2.1.3.0.whole": BATCHED | {"mla": "whole"}, "deepseek2.1.5.0.batched": BATCHED,
+        "deepseek2.1.5.0.grouped": GROUPED}, DISK),
     Case("deepseek3", "DeepseekV3ForCausalLM", OLD, {
         "deepseek3.1.5.0.batched": BATCHED, "deepseek3.1.5.0.grouped": GROUPED}, DISK),
 ]  # fmt: skip
@@ -335,6 +338,14 @@ def test_a_flat_stack_needs_a_config_and_a_deep_one_none(store: Store) -> None:
             assert "--config config.json" in error.value.hint
         else:
             assert len(map_adapter(table, file, to="hf").extras) == 2 * 4 * 3
+
+
+@pytest.mark.parametrize(("family", "value"), [("deepseek2", None), ("deepseek3", None), ("deepseek3", 0)])
+def test_a_model_without_the_rank_that_the_cell_has_is_refused(family: str, value: object) -> None:
+    """The cells of research/deepseek2 and deepseek3 have no other path for queries: DeepSeek-V2-Lite, Moonlight."""
+    with pytest.raises(MappingError, match="has no model with this config") as error:
+        sizes_from_config(TABLES[family], OLD | {"q_lora_rank": value})
+    assert "and has no q_proj" in error.value.where[0]
 
 
 @pytest.mark.parametrize(("field", "value"), [("mlp_only_layers", [1]), ("decoder_sparse_step", 2)])
