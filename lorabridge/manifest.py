@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .dialects.adapter import FACT_FIELDS, READ_FIELDS, Fact, Facts, Json, Value
 from .dtypes import BY_NAME
 from .errors import InputError
+from .formats.untrusted import read_small
 from .tensors import TensorSpec
 
 SCHEMA = "lorabridge/manifest/1"
@@ -46,7 +47,9 @@ class Manifest:
     ``facts``: facts about the target file. ``plan``: digest of the forward plan. ``digests``: sha256 of each target
     tensor's bytes; ``residues``: what restores bits that a scaling rounded (see ``numerics``), per target tensor.
     ``model_config``: the base model's config.json when the run needed it. A source without tensors stands for an
-    adapter that was computed: its ``file`` says from what, its ``dialect`` is the one to convert to by default.
+    adapter or a model that was computed: its ``file`` says from what, its ``dialect`` is the one to convert to by
+    default. ``recipe``: how a merged model was made, for ``verify`` to make it again; see ``actions.merge_record``.
+    ``earlier``: the source's own manifest, where source and target are of one framework.
     """
 
     version: str
@@ -60,6 +63,8 @@ class Manifest:
     digests: Mapping[str, str] = field(default_factory=dict)
     residues: Mapping[str, bytes] = field(default_factory=dict)
     model_config: Json | None = None
+    recipe: Json | None = None
+    earlier: Manifest | None = None
 
     def as_json(self, *, data: bool = True) -> dict[str, object]:
         """Return the JSON object; ``data=False`` leaves out what depends on tensor contents."""
@@ -76,6 +81,10 @@ class Manifest:
         }
         if self.model_config is not None:
             out["model_config"] = dict(self.model_config)
+        if self.recipe is not None:
+            out["recipe"] = dict(self.recipe)
+        if self.earlier is not None:
+            out["earlier"] = self.earlier.as_json(data=data)
         if data and self.digests:
             out["digests"] = dict(self.digests)
         if data and self.residues:
@@ -86,6 +95,25 @@ class Manifest:
     def made(self) -> bool:
         """The file was computed (extracted, combined), not converted: there is no source to go back to."""
         return not self.source.specs
+
+    @property
+    def layout(self) -> dict[str, str]:
+        """The layout choices that the conversion was told or found, by name."""
+        return {key.removeprefix("layout."): v for key, v in self.options.items() if key.startswith("layout.")}
+
+    def chain(self) -> Iterator[Manifest]:
+        """Yield this manifest, that of the file which it was converted from, and so on."""
+        found: Manifest | None = self
+        while found is not None:
+            yield found
+            found = found.earlier
+
+    @property
+    def named(self) -> tuple[str | None, dict[str, str]]:
+        """The table that the conversions went through, None where none was named, and its layout."""
+        crossing = (one for one in self.chain() if one.options.get("family") not in (None, "identity"))
+        one = next(crossing, self)
+        return one.options.get("family"), one.layout
 
     def describes(self, specs: Mapping[str, TensorSpec]) -> bool:
         """Say whether a file's tensors are those that the conversion wrote."""
@@ -99,31 +127,45 @@ def dumps(manifest: Manifest, *, data: bool = True, indent: int | None = 1) -> s
 
 def loads(text: str, *, where: str) -> Manifest:
     """Parse a manifest; an InputError names the place when it is malformed or of a later schema."""
+    found: Manifest | None = None
     try:
-        raw = json.loads(text)
-        if raw.get("schema") != SCHEMA:
-            raise InputError(
-                f"manifest has schema {raw.get('schema')!r}, not {SCHEMA!r}",
-                where=where,
-                hint="use the lorabridge version that wrote it, or move the manifest away and pass flags",
+        levels = [json.loads(text)]
+        while levels[-1].get("earlier") is not None:
+            levels.append(levels[-1]["earlier"])
+        for raw in reversed(levels):
+            if raw.get("schema") != SCHEMA:
+                raise InputError(
+                    f"manifest has schema {raw.get('schema')!r}, not {SCHEMA!r}",
+                    where=where,
+                    hint="use the lorabridge version that wrote it, or move the manifest away and pass flags",
+                )
+            found = Manifest(
+                version=str(raw["version"]),
+                source=_side(raw["source"]),
+                target=_side(raw["target"]),
+                options={str(k): str(v) for k, v in raw["options"].items()},
+                stated=facts_from_json(raw["stated"]),
+                chosen=facts_from_json(raw["chosen"]),
+                facts=facts_from_json(raw["facts"]),
+                plan=str(raw["plan"]),
+                digests={str(k): str(v) for k, v in raw.get("digests", {}).items()},
+                residues={str(k): base64.b64decode(v, validate=True) for k, v in raw.get("residues", {}).items()},
+                model_config=_object(raw.get("model_config")),
+                recipe=_object(raw.get("recipe")),
+                earlier=found,
             )
-        return Manifest(
-            version=str(raw["version"]),
-            source=_side(raw["source"]),
-            target=_side(raw["target"]),
-            options={str(k): str(v) for k, v in raw["options"].items()},
-            stated=facts_from_json(raw["stated"]),
-            chosen=facts_from_json(raw["chosen"]),
-            facts=facts_from_json(raw["facts"]),
-            plan=str(raw["plan"]),
-            digests={str(k): str(v) for k, v in raw.get("digests", {}).items()},
-            residues={str(k): base64.b64decode(v, validate=True) for k, v in raw.get("residues", {}).items()},
-            model_config=raw.get("model_config"),
-        )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(
             f"manifest is malformed ({type(error).__name__}: {error})", where=where, hint="move it away and pass flags"
         ) from error
+    assert found is not None
+    return found
+
+
+def _object(raw: object) -> Json | None:
+    if raw is not None and not isinstance(raw, dict):
+        raise ValueError("a config is no JSON object")
+    return raw
 
 
 def sidecar(path: Path) -> Path:
@@ -139,14 +181,22 @@ def find(path: Path, metadata: Mapping[str, str]) -> tuple[Manifest | None, Fact
     """
     beside = path / "lorabridge.json" if path.is_dir() else sidecar(path)
     if beside.is_file():
-        if beside.stat().st_size > MAX_BYTES:
-            raise InputError(f"manifest is over {MAX_BYTES >> 20} MiB", where=str(beside), hint="move it away")
-        text = beside.read_text("utf-8")
+        text = _text(beside)
         stated = _stated(text, where=str(beside))
         return (None, stated) if stated is not None else (loads(text, where=str(beside)), Facts())
     if METADATA_KEY in metadata:
         return loads(metadata[METADATA_KEY], where=f"{path}: metadata {METADATA_KEY!r}"), Facts()
     return None, Facts()
+
+
+def _text(path: Path) -> str:
+    raw, size = read_small(path, MAX_BYTES)
+    if size > MAX_BYTES:
+        raise InputError(f"manifest is over {MAX_BYTES >> 20} MiB", where=str(path), hint="move it away")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError("manifest is not UTF-8 text", where=str(path), hint="move it away and pass flags") from error
 
 
 def _stated(text: str, *, where: str) -> Facts | None:

@@ -26,7 +26,7 @@ from ..merging.identity import (
     weight_mark,
 )
 from ..merging.planning import Merged
-from .merge_inputs import BASE, MergeOptions, Opened
+from .merge_inputs import BASE, MergeOptions, Opened, named_by
 from .model_output import renamed
 
 UNMERGED_KEY = "lorabridge.unmerged"
@@ -69,7 +69,7 @@ def check_bases(given: Opened, base: Adapter, options: MergeOptions) -> tuple[st
     for one in given.adapters:
         mark = base_mark(one.source.metadata, where=str(one.path))
         if mark is not None:
-            found = _compared(mark, given, base, held, _told(one, options))
+            found = _compared(mark, given, base, held, named_by(options, one, given.base))
             where += _differences(one, given, found)
             warnings += _unchecked(one, found)
         theirs, problem = _mindformers(one, given)
@@ -96,15 +96,6 @@ def _other_class(one: Input, given: Opened) -> list[str]:
     if not kinds or _HEAD.sub("", made_for) in kinds:
         return []
     return [f"{one.path} was made for a {made_for}, {given.base.path} is a {', '.join(map(str, known))}"]
-
-
-def _told(one: Input, options: MergeOptions) -> MergeOptions:
-    """Take the table that an adapter's manifest names, where none is named."""
-    kept = one.manifest
-    if options.family is not None or kept is None or not kept.describes(one.source.specs):
-        return options
-    layout = {k.removeprefix("layout."): v for k, v in kept.options.items() if k.startswith("layout.")}
-    return replace(options, family=kept.options.get("family"), layout={**layout, **options.layout})
 
 
 def _compared(
@@ -275,7 +266,7 @@ def _not_merged(given: Opened, model: Adapter, options: MergeOptions) -> tuple[s
     """Refuse a model that is an adapter's own base; warn where nothing says that anything was merged."""
     for one in given.adapters:
         mark = base_mark(one.source.metadata, where=str(one.path))
-        found = None if mark is None else _compared(mark, given, model, None, _told(one, options))
+        found = None if mark is None else _compared(mark, given, model, None, named_by(options, one, given.base))
         if found is not None and found.comparable and not found.wrong and not options.any_adapter:
             raise MappingError(
                 "nothing was merged into this model", where=[str(given.base.path), f"it is the base of {one.path}"],

@@ -105,9 +105,7 @@ def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
     )
     chosen = tuple(f for f in options.facts.entries if own or f.field not in ("alpha", "rank"))
     goal = _target_dialect(origin, kept, target, options)
-    family = options.family or (
-        kept.options.get("family") if kept and dialects.naming(origin) != dialects.naming(goal) else None
-    )
+    family = options.family or (kept.named[0] if kept and dialects.naming(origin) != dialects.naming(goal) else None)
     output = plan_output(target, framework=goal.framework, adapter=goal.name not in ("hf", "ms"), dialect=goal.name)
     if goal.name in PIPELINES and output.format != "safetensors" and options.facts.get("*", "alpha_in") is None:
         chosen = (*chosen, Fact("*", "alpha_in", "weights"))  # there is no other place for it
@@ -177,8 +175,10 @@ def _target_dialect(
             )
         return goal
     decided = framework_of(target)
-    if kept is not None and decided in (None, dialect_named(kept.source.dialect).framework):
-        return dialect_named(kept.source.dialect)
+    if kept is not None:
+        back = _first_source(kept) if decided is None else dialect_named(kept.source.dialect)
+        if decided in (None, back.framework):
+            return back
     framework: Framework = decided or ("torch" if origin.framework == "mindspore" else "mindspore")
     if origin.framework == framework:
         return origin
@@ -187,6 +187,13 @@ def _target_dialect(
     if origin.name in COUNTERPARTS:
         return dialect_named(COUNTERPARTS[origin.name])
     return dialect_named("loralib-ms" if framework == "mindspore" else "peft")
+
+
+def _first_source(kept: Manifest) -> Dialect:
+    """Return the dialect to go back to by default: the first of the other framework, else the last one."""
+    framework = dialect_named(kept.target.dialect).framework
+    found = [dialect_named(step.source.dialect) for step in kept.chain()]
+    return next((dialect for dialect in found if dialect.framework != framework), found[0])
 
 
 def encryption(options: ConvertOptions) -> Encryption | None:
@@ -216,8 +223,8 @@ def families(given: Input, origin: Dialect, options: ConvertOptions) -> list[str
 def settings_for(given: Input, choice: Choice, options: ConvertOptions) -> Settings:
     """Return what the forward plan depends on; layout choices of the manifest hold where none are given."""
     layout = dict(options.layout)
-    if choice.kept is not None and not layout:
-        layout = {k.removeprefix("layout."): v for k, v in choice.kept.options.items() if k.startswith("layout.")}
+    if choice.kept is not None and choice.family in (None, choice.kept.named[0]):
+        layout = {**choice.kept.named[1], **layout}
     return Settings(
         family=choice.family or "identity",
         layout=layout,

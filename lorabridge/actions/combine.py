@@ -131,11 +131,11 @@ def _check_options(options: CombineOptions, count: int) -> None:
 
 def _told(sides: Sequence[Side], options: CombineOptions) -> CombineOptions:
     """Take the table that the adapters' manifests name where none is named and they agree."""
-    known = [side.kept.options for side in sides if side.kept is not None and "family" in side.kept.options]
-    families = {said["family"] for said in known}
+    known = [side.kept.named for side in sides if side.kept is not None]
+    families = {family for family, _ in known if family is not None}
     if options.family is not None or len(families) != 1:
         return options
-    layout = {k.removeprefix("layout."): v for said in known for k, v in said.items() if k.startswith("layout.")}
+    layout = {key: choice for _, choices in known for key, choice in choices.items()}
     return replace(options, family=families.pop(), layout={**layout, **options.layout})
 
 

@@ -24,7 +24,7 @@ from ..errors import MappingError, OutputError
 from ..files.fsio import Staging, require_space
 from ..formats.encrypted import Encryption
 from ..tensors import marks
-from . import compress
+from . import compress, returning
 from .choices import Choice, ConvertOptions, choose, encryption, settings_for
 from .convert_report import ConvertReport, ModuleRow, RoundingRow
 
@@ -86,21 +86,21 @@ def convert_opened(
 def plan_conversion(given: Input, target: Path | str, options: ConvertOptions) -> Job:
     """Decide dialects, names and steps from headers alone."""
     choice = choose(given, target, options)
-    if choice.kept is not None and _returns(options, choice, choice.kept):
-        back = wayback.way_back(given.source, choice.kept, mappings=options.mappings)
+    undone = returning.steps(options, choice)
+    if undone:
+        other = returning.contradiction(given, options, undone)
+        back = wayback.WayBack((), False, other, {})
+        if not other:
+            back = returning.way(given.source, undone, mappings=options.mappings)
         if back.exact:
-            return _return_job(given, choice, choice.kept, back)
+            return _return_job(given, choice, undone[-1], back)
         reason = f"not restored from the manifest: {back.reason}; read as any {choice.origin.name} file instead"
         choice = replace(choice, warnings=(*choice.warnings, reason))
+        try:
+            return _forward_job(given, choice, options)
+        except MappingError as error:
+            raise MappingError(error.problem, where=(reason, *error.where), hint=error.hint) from error
     return _forward_job(given, choice, options)
-
-
-def _returns(options: ConvertOptions, choice: Choice, kept: manifest.Manifest) -> bool:
-    """Say whether nothing is asked for that the plain return to the manifest's source would not do."""
-    asks = (options.dtype, options.include, options.exclude, options.layers, options.compress, options.adapter_only,
-            options.facts.entries, options.config)  # fmt: skip
-    same_names = choice.family in (None, kept.options.get("family", "identity"))
-    return not kept.made and choice.goal.name == kept.source.dialect and same_names and not any(asks)
 
 
 def _return_job(given: Input, choice: Choice, kept: manifest.Manifest, back: wayback.WayBack) -> Job:
@@ -115,12 +115,15 @@ def _return_job(given: Input, choice: Choice, kept: manifest.Manifest, back: way
         said = f"{len(absent)} tensors were left out on the way here and are not restored: {some}"
         warnings = (*warnings, said)
     same_container = choice.output.format == kept.source.format
+    metadata = dict(kept.source.metadata) if same_container else marks(kept.source.metadata)
+    config = wayback.restored_config(kept)
+    record = returning.record_of(kept, planned, choice, config)
     return Job(
         choice=choice,
         plan=planned,
-        metadata=dict(kept.source.metadata) if same_container else marks(kept.source.metadata),
-        config=wayback.restored_config(kept),
-        manifest=None,
+        metadata={**metadata, **_manifest_within(choice, kept.earlier and record)},
+        config=config,
+        manifest=record,
         stated=kept.stated,
         residues=back.residues,
         modules=(),
@@ -128,7 +131,7 @@ def _return_job(given: Input, choice: Choice, kept: manifest.Manifest, back: way
         unselected=(),
         warnings=warnings,
         notes=("restored bit for bit from the manifest",),
-        files=config_files(wayback.restored_config(kept)) if choice.goal.framework == "mindspore" else {},
+        files=config_files(config) if choice.goal.framework == "mindspore" else {},
     )
 
 
@@ -145,6 +148,8 @@ def _forward_job(given: Input, choice: Choice, options: ConvertOptions) -> Job:
     unused = [*made.unused, *((name, "not selected") for name in made.unselected)]
     planned = plan.build(content.specs, made.outputs, unused, seed=wayback.seed(choice.goal.name))
     record = _record(given, choice, made, planned, options_text(settings))
+    if choice.kept is not None and not options.facts.entries and choice.origin.name == choice.goal.name:
+        record = returning.continued(choice.kept, planned, choice.output) or record
     notes = [*made.notes, *(given.source.arrangement.notes if isinstance(given.source, Assembled) else ())]
     if choice.crosses and choice.family is None and choice.goal.name not in PIPELINES:
         notes.append(
@@ -153,7 +158,7 @@ def _forward_job(given: Input, choice: Choice, options: ConvertOptions) -> Job:
     return Job(
         choice=choice,
         plan=planned,
-        metadata={**made.metadata, **_container_metadata(choice, record)},
+        metadata={**made.metadata, **_container_metadata(given, choice, record)},
         config=made.config,
         manifest=record,
         residues={},
@@ -182,16 +187,20 @@ def _record(
     return manifest.Manifest(
         __version__, source, target, options, choice.facts, choice.chosen, made.facts, planned.digest,
         model_config=given.model_config,
+        earlier=choice.kept if choice.origin.framework == choice.goal.framework else None,
     )  # fmt: skip
 
 
-def _container_metadata(choice: Choice, record: manifest.Manifest) -> dict[str, str]:
+def _container_metadata(given: Input, choice: Choice, record: manifest.Manifest) -> dict[str, str]:
     """Return what the container says beside the tensors; a lone safetensors file also carries its manifest there."""
     ours = choice.goal.framework == "mindspore" and choice.goal.name != "mindone-peft"  # peft in torch loads it as well
-    metadata = {"format": "ms" if ours else "pt", **marks(record.source.metadata)}
-    if choice.output.format == "safetensors" and not choice.output.directory:
-        metadata[manifest.METADATA_KEY] = manifest.dumps(record, data=False, indent=None)
-    return metadata
+    return {"format": "ms" if ours else "pt", **marks(given.source.metadata), **_manifest_within(choice, record)}
+
+
+def _manifest_within(choice: Choice, record: manifest.Manifest | None) -> dict[str, str]:
+    if record is None or choice.output.format != "safetensors" or choice.output.directory:
+        return {}
+    return {manifest.METADATA_KEY: manifest.dumps(record, data=False, indent=None)}
 
 
 def _check_metadata(choice: Choice, made: Forward) -> None:
@@ -300,8 +309,9 @@ def _companions(
     if job.choice.output.directory and job.choice.goal.name == "hf" and given.model_config is not None:
         files[MODEL_CONFIG] = json.dumps(dict(given.model_config), indent=2, sort_keys=True) + "\n"
     if job.manifest is not None:
-        record = replace(job.manifest, digests=digests, residues=notes.residues)
-        beside = job.choice.output.format != "safetensors" or record.residues
+        kept = job.manifest
+        record = replace(kept, digests=digests or kept.digests, residues={**kept.residues, **notes.residues})
+        beside = record.residues or manifest.METADATA_KEY not in job.metadata
         if job.choice.output.directory:
             files["lorabridge.json"] = manifest.dumps(record)
         elif beside:

@@ -19,7 +19,7 @@ from ..merging.planning import Merged
 from ..merging.planning import merge as merge_headers
 from ..merging.twins import comparing
 from ..merging.unmerge_planning import nodes_of
-from . import merge_inputs
+from . import merge_inputs, merge_record
 from .base_check import check_bases, check_not_held, marked
 from .companions import carried_files
 from .merge_inputs import MergeOptions, Opened, paths_of
@@ -114,7 +114,8 @@ def plan_merge(given: Opened, target: Path | str, options: MergeOptions) -> Merg
     )  # fmt: skip
     goal = goal_of(given.origin, target, options)
     output, shard_size = place_of(given, goal, target, options)
-    made = renamed(given, merged, goal, options)
+    named = merge_inputs.named_by(options, given.base, *given.adapters)
+    made = renamed(given, merged, goal, named)
     _check_ties(given, made)
     warnings = check_bases(given, base, options)
     held, nodes = merged_mark(given.base.source.metadata, where=str(given.base.path)), nodes_of(merged.model)
@@ -124,9 +125,11 @@ def plan_merge(given: Opened, target: Path | str, options: MergeOptions) -> Merg
     check_not_held(mark, held, nodes, str(given.base.path))
     planned = plan.build(given.joined.specs, made.outputs, made.unused, seed=f"merge {goal.name}")
     carried, stay = carried_files(given.base, [one.path for one in given.adapters], output.directory)
+    recipe = merge_record.recipe(given, output.target, options)
     model = ModelOutput(
         given, goal, output, planned, (*merged.notes, *made.notes), shard_size, merged.config,
-        {MERGED_KEY: mark.as_text()}, True, carried, True,
+        {MERGED_KEY: mark.as_text()},
+        merge_record.record(given, output, goal, named, planned, merged.config, recipe), carried, True,
     )  # fmt: skip
     merged = replace(merged, warnings=(*merged.warnings, *warnings))
     return MergeJob(given, merged, model, tuple(path.name for path in stay))

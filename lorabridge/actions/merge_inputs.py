@@ -123,6 +123,19 @@ def _held(given: Input) -> list[str]:
     return [str(given.path), *([f"holds {', '.join(adapters)}"] if adapters else [])]
 
 
+def named_by(options: MergeOptions, *inputs: Input) -> MergeOptions:
+    """Return the options with the table and the layouts of the first input whose manifest names that table, or one.
+
+    Layouts that are given outrank those of the manifest.
+    """
+    for one in inputs:
+        kept = one.manifest if one.manifest is not None and one.manifest.describes(one.source.specs) else None
+        family, layout = (None, {}) if kept is None else kept.named
+        if family not in (None, "identity") and options.family in (None, family):
+            return replace(options, family=family, layout={**layout, **options.layout})
+    return options
+
+
 def additions(given: Opened, base: Adapter, options: MergeOptions) -> list[Addition]:
     """Parse every adapter and bring it to the base's names, reading from the joined source."""
     out: list[Addition] = []
@@ -140,8 +153,7 @@ def additions(given: Opened, base: Adapter, options: MergeOptions) -> list[Addit
         adapter = _as_peft_computes(adapter) if dialect.name == "peft" else adapter
         adapter = _with_rows(adapter, kept)
         adapter = of_component(adapter, {extra.name for extra in base.extras}, str(one.path))
-        family = options.family or (kept.options.get("family") if kept else None)
-        for part in _on_side(adapter, dialect, base, given, replace(options, family=family)):
+        for part in _on_side(adapter, dialect, base, given, named_by(options, one, given.base)):
             out.append(Addition(part, weight, str(one.path)))
     return out
 

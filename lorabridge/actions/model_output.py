@@ -52,8 +52,8 @@ class ModelOutput:
     """What is to be written where, planned and not yet run.
 
     ``goal``: the names it gets; ``config``: the model's config.json; ``metadata``: what the container is to say;
-    ``merged``: the model holds an adapter; ``carried``: files beside the weights with their bytes; ``resumable``:
-    plan and inputs decide every byte, so that a killed run can be taken up.
+    ``record``: the manifest of a model that holds an adapter; ``carried``: files beside the weights with their bytes;
+    ``resumable``: plan and inputs decide every byte, so that a killed run can be taken up.
     """
 
     given: Opened
@@ -64,7 +64,7 @@ class ModelOutput:
     shard_size: int | None
     config: Json | None
     metadata: Mapping[str, str]
-    merged: bool
+    record: manifest.Manifest | None = None
     carried: Mapping[Path, bytes] = field(default_factory=dict)
     resumable: bool = False
 
@@ -179,9 +179,9 @@ def _beside(model: ModelOutput) -> dict[str, bytes]:
     files = {path.name: raw for path, raw in model.carried.items()}
     if model.output.directory and model.goal.name == "hf" and model.config is not None:
         files[MODEL_CONFIG] = (json.dumps(dict(model.config), indent=2, sort_keys=True) + "\n").encode()
-    if model.merged:
+    if model.record is not None:
         name = "lorabridge.json" if model.output.directory else manifest.sidecar(model.output.target).name
-        files[name] = json.dumps({"schema": manifest.FACTS_SCHEMA, "merged": True}).encode()
+        files[name] = manifest.dumps(model.record).encode()
     return files
 
 

@@ -23,6 +23,7 @@ from . import merge_inputs
 from .base_check import check_held, left_over
 from .companions import carried_files
 from .merge_inputs import BASE, MergeOptions, Opened
+from .merge_record import record
 from .model_output import ModelOutput, goal_of, place_of, renamed
 
 
@@ -159,10 +160,12 @@ def planned(
     """Plan the writing of a model that is given as expressions over the inputs."""
     goal = goal_of(given.origin, target, options)
     output, shard_size = place_of(given, goal, target, options)
-    made = renamed(given, Merged(model, config, (), (), (), ()), goal, options)
+    named = merge_inputs.named_by(options, given.base, *given.adapters)
+    made = renamed(given, Merged(model, config, (), (), (), ()), goal, named)
     steps = plan.build(given.joined.specs, made.outputs, made.unused, seed=f"{seed} {goal.name}")
     carried, _ = carried_files(given.base, [], output.directory)
-    return ModelOutput(given, goal, output, steps, made.notes, shard_size, config, metadata, merged, carried)
+    kept = record(given, output, goal, named, steps, config) if merged else None
+    return ModelOutput(given, goal, output, steps, made.notes, shard_size, config, metadata, kept, carried)
 
 
 def guesses(unmerger: Unmerger) -> tuple[GuessRow, ...]:

@@ -64,8 +64,8 @@ def route(first: Side, second: Side, others: Sequence[Side], kept: Manifest | No
     if len({one.dialect.framework for one in everyone}) == 1:
         return Route()
     layout = dict(told.layout)
-    if kept is not None and not layout:
-        layout = {k.removeprefix("layout."): v for k, v in kept.options.items() if k.startswith("layout.")}
+    if kept is not None and told.family in (None, kept.options.get("family")):
+        layout = {**kept.layout, **layout}  # choices that are told outrank those of the conversion
     config = next((one.given.model_config for one in everyone if one.given.model_config is not None), None)
     family = told.family or (kept.options.get("family") if kept is not None else None)
     if family is not None:

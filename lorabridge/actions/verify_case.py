@@ -10,6 +10,7 @@ from ..manifest import Manifest
 from .routes import Route, route
 from .sides import Side
 from .verify_inputs import VerifyOptions
+from .verify_record import Recorded, holds_adapters, recorded
 from .verify_report import RELATIONS, Relation
 
 Progress = Callable[[str, int, int], None]
@@ -21,7 +22,8 @@ class Case:
 
     ``first`` and ``second`` are SRC and DST, or the other way round where DST is what SRC was converted from, and
     where SRC is the merged checkpoint: the second's names count. ``kept``: the manifest of the conversion from first
-    to second. ``route``: from the first's names to the second's.
+    to second. ``route``: from the first's names to the second's. ``record``: what was merged into the first to make the
+    second, as the second's manifest says.
     """
 
     relation: Relation
@@ -31,6 +33,7 @@ class Case:
     kept: Manifest | None
     route: Route
     warnings: tuple[str, ...]
+    record: Recorded | None = None
 
     def compared(self) -> tuple[str, ...]:
         """Return sentences on what is held against what."""
@@ -40,6 +43,10 @@ class Case:
             by = f"by lorabridge {self.kept.version}"
             lines[0] = (
                 f"{second.role} says that it was converted from {self.kept.source.file} {by}; that is {first.role}"
+            )
+        if self.record is not None:
+            lines[0] = (
+                f"{second.role} says that it is {self.record.recipe.base} with {self.record.sentence()} merged into it"
             )
         if self.route.table is not None and not self.route.table.identity:
             lines.append(f"names of the two frameworks meet in the table {self.route.family}")
@@ -70,6 +77,10 @@ def decide(source: Side, target: Side, base: Side | None, options: VerifyOptions
     relation: Relation = "conversion" if kept is not None else "adapters"
     if kept is None and not (source.is_adapter and target.is_adapter):
         relation = "merge" if source.is_adapter or target.is_adapter else "models"
+    if relation == "models" and holds_adapters(source) != holds_adapters(target):
+        first, second = (source, target) if holds_adapters(target) else (target, source)
+        known = recorded(first, second)
+        return Case("record", first, second, None, None, Route(), tuple(dict.fromkeys(warnings)), known)
     if relation == "merge":
         if base is None:
             raise UsageError(

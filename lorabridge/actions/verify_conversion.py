@@ -86,10 +86,12 @@ def _accounted(planned: plan.Plan) -> Check:
     return Check("every source tensor is accounted for", not twice, text, tuple(twice))
 
 
-def run_forward(outputs: plan.Plan, origin: Source, made: Source, step: Step) -> tuple[Check, Check]:
+def run_forward(
+    outputs: plan.Plan, origin: Source, made: Source, step: Step, own: Mapping[str, Kernel] | None = None
+) -> tuple[Check, Check]:
     """Compute every output from the source again, block by block, and compare it with the file's bytes.
 
-    Returns the checks of the names and types, and of the bits.
+    ``own``: kernels beside those of conversions. Returns the checks of the names and types, and of the bits.
     """
     expected = {spec.name: spec for spec in outputs.specs}
     there = made.specs
@@ -114,7 +116,8 @@ def run_forward(outputs: plan.Plan, origin: Source, made: Source, step: Step) ->
 
         for name, expr in work.writes:
             if name in there and there[name] == expected[name]:
-                problem = _compare(name, expr, source, numerics.kernels(name, notes, {}), made)
+                kernels = {**numerics.kernels(name, notes, {}), **(own or {})}
+                problem = _compare(name, expr, source, kernels, made)
                 wrong += [problem] if problem else []
                 step(expected[name].nbytes)
     return names, Check(

@@ -37,7 +37,7 @@ LIBRARY_FAILURES = (LorabridgeError, RuntimeError, ValueError, TypeError, KeyErr
 
 def inapplicable(case: Case) -> str:
     """Say why two files have no adapted layers to compare; empty where they have."""
-    if case.relation == "merge":
+    if case.relation in ("merge", "record"):
         return "a merged checkpoint has no adapter to run"
     if not (case.first.is_adapter and case.second.is_adapter):
         return "the files hold no adapter"

@@ -11,12 +11,13 @@ SCHEMA = "lorabridge/verify/1"
 DEPTHS = ("tensors", "layers", "model")
 """The depths in the order in which they run; each proves more than the one before and needs more installed."""
 
-Relation = Literal["conversion", "adapters", "models", "merge"]
+Relation = Literal["conversion", "adapters", "models", "merge", "record"]
 RELATIONS: dict[Relation, str] = {
     "conversion": "a conversion that its manifest describes",
     "adapters": "two adapters",
     "models": "two whole models, or two files of parameters that are no LoRA",
     "merge": "an adapter and a checkpoint into which it was merged",
+    "record": "a base and a model whose manifest says what was merged into it",
 }
 
 

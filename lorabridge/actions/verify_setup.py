@@ -91,6 +91,8 @@ def _halves(case: Case) -> tuple[Half, Half]:
     first, second, base = case.first, case.second, case.base
     if case.kept is not None and any(name.startswith("compress.") for name in case.kept.options):
         raise UsageError(f"{second.role} was compressed on purpose and computes something else")
+    if case.record is not None:
+        raise UsageError("needs the adapter: verify ADAPTER MERGED --base BASE --model")
     if case.relation == "merge":
         if base is None:
             raise UsageError("needs the model itself: --base BASE")

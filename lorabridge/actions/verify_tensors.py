@@ -21,6 +21,7 @@ from .verify_conversion import (
 from .verify_factors import Both, compare, extras
 from .verify_inputs import VerifyOptions, described
 from .verify_merge import Parts, frozen, merge_rows
+from .verify_record import verify_record
 from .verify_report import Check, DepthResult, ModuleRow
 
 Step = Callable[[int], None]
@@ -43,6 +44,8 @@ def verify_tensors(case: Case, options: VerifyOptions, progress: Progress | None
         planned = plain_plan(case.first, case.second, case.route.family, case.route.layout, options)
         checks = (*planned.checks, *_both_ways(planned, case, step))
         proved = ("every bit of each model follows from the other's",)
+    elif case.record is not None:
+        checks, proved = verify_record(case.first, case.second, case.record, options, step)
     else:
         checks, rows, proved = _merge(case, step)
     result = DepthResult("tensors", "run", "", proved, checks, rows, time.perf_counter() - started)
