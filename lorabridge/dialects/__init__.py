@@ -26,6 +26,7 @@ from .mindpet import TK, Mindpet
 from .mindpet_adapters import MindpetAdapters
 from .mlx import Mlx
 from .msbnb import Msbnb
+from .originals import BFL, COMFYUI, XLABS_FLUX
 from .peft import Peft
 from .prompts import MindpetPrompts, PeftPrompts
 from .slora import Slora
@@ -34,7 +35,7 @@ from .vllm import Vllm
 
 DIALECTS: tuple[Dialect, ...] = (
     Peft(), Loralib(), LoralibMs(), Mindpet(), TK, Mcore(), Pynative(), Slora(), Mindnlp(), Mindnlp("mindnlp-0.2"),
-    Kohya(), Diffusers(), MINDONE, LAYERS, GM, Vllm(), Vllm("vllm-mindspore"), Mlx(), Msbnb(),
+    Kohya(), COMFYUI, BFL, XLABS_FLUX, Diffusers(), MINDONE, LAYERS, GM, Vllm(), Vllm("vllm-mindspore"), Mlx(), Msbnb(),
     MindonePeft(),
     Torchtune(), Gguf(), AdapterHub(), Megatron(), Bottlenecks(), MindpetAdapters(), PeftPrompts(), MindpetPrompts(),
 )  # fmt: skip
@@ -42,7 +43,7 @@ DIALECTS: tuple[Dialect, ...] = (
 PIPELINES = frozenset({"diffusers", "mindone"})
 """Dialects of whole pipelines: names are peft's behind a component, and alpha may go into B or into metadata."""
 
-SURE = PIPELINES | {"mindone-gm", "mindone-peft"}
+SURE = PIPELINES | {"mindone-gm", "mindone-peft", "comfy", "bfl", "xlabs"}
 """Dialects that share their factors' last names with others and claim a file by the paths before them."""
 
 CONFIGURED = frozenset({
@@ -65,6 +66,11 @@ NAMES = {
 def naming(dialect: Dialect) -> str:
     """Return whose module names a dialect has: "hf" for transformers', "ms" for a MindSpore project's, or a project."""
     return NAMES.get(dialect.name, "hf" if dialect.framework == "torch" else "ms")
+
+
+def project_of(family: str) -> str:
+    """Return the project to whose names a family's table leads from transformers'; "" where that is MindSpore's."""
+    return next((one for one in sorted(set(NAMES.values()) - {"hf"}) if family.endswith(f"_{one}")), "")
 
 
 def by_name(name: str) -> Dialect:

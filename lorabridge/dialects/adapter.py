@@ -131,7 +131,7 @@ class Extra:
         return f"{self.path}.{self.parameter}" if self.path else self.parameter
 
 
-OWN_ALPHA = ("kohya", "diffusers", "mindone")
+OWN_ALPHA = ("kohya", "diffusers", "mindone", "comfy", "bfl", "xlabs")
 """Dialects that define what alpha is where a file does not say: a stated alpha is one for the target."""
 
 CARRIED = "its number is carried as the module's alpha"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,9 @@ IMPLIED = {
 
 AMBIGUOUS = ("transformer",)
 """Components that are also what other networks call their trunk; GPT-2's modules lie below ``transformer.h``."""
+
+_OF_VIDEO = re.compile(r"blocks\.\d+\.attn[12]\.|condition_embedder\.")
+"""Wan's modules; MPT's blocks are called ``transformer.blocks``, too."""
 
 Role = Literal["factor", "alpha", "other"]
 _ENDS = {
@@ -66,7 +70,9 @@ def recognise(name: str) -> Name:
     path, new_style, _ = inner.partition(".lora_")
     if not new_style:
         return Name(name, component, inner.rpartition(".")[0], f"base_model.model.{inner}", "other", "", False)
-    known = first in COMPONENTS and (first not in AMBIGUOUS or rest.partition(".")[0] in IMPLIED)
+    known = first in COMPONENTS and (
+        first not in AMBIGUOUS or rest.partition(".")[0] in IMPLIED or _OF_VIDEO.match(rest) is not None
+    )
     return Name(name, component, path, f"base_model.model.{inner}", "factor", "lora_A", known)
 
 

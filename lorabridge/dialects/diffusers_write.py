@@ -35,7 +35,7 @@ def write(adapter: Adapter, facts: Facts) -> Written:
     modules: list[LoraModule] = []
     metadata: dict[str, object] = {}
     for part in parts:
-        ready, said = _folded(part.modules) if inside else (part.modules, [])
+        ready, said = folded(part.modules) if inside else (part.modules, [])
         made = peft_write.write(Adapter(tuple(ready), part.extras), facts)
         for name, expr in made.tensors:
             tensors.append((f"{part.component}.{name.removeprefix(peft_write.PREFIX)}", expr))
@@ -102,7 +102,7 @@ def _inside(path: str) -> tuple[str, str]:
     return (first, rest) if first in COMPONENTS else (IMPLIED.get(first, ""), path)
 
 
-def _folded(modules: Sequence[LoraModule]) -> tuple[list[LoraModule], list[str]]:
+def folded(modules: Sequence[LoraModule]) -> tuple[list[LoraModule], list[str]]:
     """Give all modules one rank and the scaling 1, by zeros and by multiplying B."""
     pairs = [factors.single_pair(module, "peft") for module in modules]
     top = max(pair.terms[0].rank for pair in pairs)

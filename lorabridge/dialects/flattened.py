@@ -78,7 +78,17 @@ PIPELINES = (
     Pipeline("sd35_medium", _sd3("sd35_medium"), "ms", ""),
     Pipeline("sd35_large", _sd3("sd35_large"), "ms", ""),
     Pipeline("flux", _FLUX, "ms", "flux1"),
+    Pipeline("hunyuan_video", (Part("lora_unet_", "transformer", "hunyuan_video"),), "ms", ""),
+    Pipeline("wan", (Part("lora_unet_", "transformer", "wan"),), "ms", ""),
 )
+DOTTED = {
+    "lora_unet_": "diffusion_model.",
+    "lora_te_": "text_encoders.clip_l.transformer.",
+    "lora_te1_": "text_encoders.clip_l.transformer.",
+    "lora_te2_": "text_encoders.clip_g.transformer.",
+    "lora_te3_": "text_encoders.t5xxl.transformer.",
+}
+"""What ComfyUI puts before a part's own names, which keep their dots, instead of each prefix."""
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lycoris_")
 """How flattened names begin: sd-scripts of 2026-02, and LyCORIS 4.1.3 for networks of any kind."""
 
@@ -89,12 +99,13 @@ class Place:
 
     ``path``: in diffusers' naming, the component before it; where one module of the original code is several of
     diffusers', the original path, and ``fused`` names the table that splits it. ``kernel``: of its weight, () for a
-    linear layer; None where nobody says.
+    linear layer; None where nobody says. ``means``: the modules of diffusers that it is, all of them.
     """
 
     path: str
     kernel: tuple[int, ...] | None = None
     fused: str = ""
+    means: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +182,10 @@ def resolve(names: Mapping[str, Axes], only: str | None, where: str) -> tuple[di
     whole = {pipeline: places for pipeline, places in found.items() if all(places.values())}
     if not whole:
         raise _unknown(found, names, where)
-    readings = {pipeline: {n: sorted(p.path for p in places[n]) for n in names} for pipeline, places in whole.items()}
+    readings = {
+        pipeline: {n: sorted(" and ".join(p.means) for p in places[n]) for n in names}
+        for pipeline, places in whole.items()
+    }
     first, *others = readings
     if any(readings[other] != readings[first] for other in others) or any(len(r) > 1 for r in readings[first].values()):
         raise _ambiguous(readings, where)
@@ -228,27 +242,31 @@ class Spelling:
     """How the modules of an adapter are called in a file.
 
     ``names``: path to flattened name. ``fused``: path to the table through which it has to go first, because the
-    original code holds it in one module with others. ``pipeline``: which one the modules belong to.
+    original code holds it in one module with others. ``pipeline``: which one the modules belong to. ``dotted``: names
+    keep their dots, as ComfyUI has them.
     """
 
     names: Mapping[str, str]
     fused: Mapping[str, str]
     pipeline: Pipeline | None
+    dotted: bool = False
 
-    def prefix(self, table: str) -> str:
-        """Return how the names of a table's modules begin."""
+    def named(self, table: str, path: str) -> str:
+        """Return the name of a module of a table's original side."""
         assert self.pipeline is not None
-        return next(part.prefix for part in self.pipeline.parts if part.table == table)
+        prefix = next(part.prefix for part in self.pipeline.parts if part.table == table)
+        return DOTTED[prefix] + path if self.dotted else prefix + flatten(path)
 
 
-def spell(paths: Mapping[str, Axes], only: str | None) -> Spelling:
+def spell(paths: Mapping[str, Axes], only: str | None, *, dotted: bool = False) -> Spelling:
     """Return sd-scripts' names for modules in diffusers' naming; exactly those it gives the pipeline's modules.
 
-    ``paths``: path, the component before it, to the axes of its weight. Modules of no known pipeline keep their own
-    path, flattened. Raises MappingError where two pipelines spell the modules differently, or names coincide.
+    ``paths``: path, the component before it, to the axes of its weight. ``dotted``: the original code's names with
+    their dots. Modules of no known pipeline keep their own path, flattened. Raises MappingError where two pipelines
+    spell the modules differently, or names coincide.
     """
     pipelines = (pipeline_named(only),) if only else PIPELINES
-    spelled = {p.name: {path: _spelled(p, path, axes) for path, axes in paths.items()} for p in pipelines}
+    spelled = {p.name: {path: _spelled(p, path, axes, dotted) for path, axes in paths.items()} for p in pipelines}
     whole = {
         name: {path: said for path, said in found.items() if said is not None}
         for name, found in spelled.items()
@@ -261,12 +279,11 @@ def spell(paths: Mapping[str, Axes], only: str | None) -> Spelling:
             where=lost,
             hint="correct --names-of, or leave it out",
         )
-    if len({tuple(found.items()) for found in whole.values()}) > 1:
+    if len({tuple(name for name, _ in found.values()) for found in whole.values()}) > 1:
         raise MappingError(
             f"the modules can belong to {' or '.join(whole)}, which sd-scripts spells differently",
             where=[
-                f"{path}: {' or '.join(dict.fromkeys(found[path][0] or found[path][1] for found in whole.values()))}"
-                for path in paths
+                f"{path}: {' or '.join(dict.fromkeys(found[path][0] for found in whole.values()))}" for path in paths
             ],
             hint="say which with --names-of",
         )
@@ -274,7 +291,7 @@ def spell(paths: Mapping[str, Axes], only: str | None) -> Spelling:
     names = {path: name for path, (name, table) in found.items() if not table}
     _refuse_twins(names)
     owner = pipeline_named(next(iter(whole))) if whole else None
-    return Spelling(names, {path: table for path, (_, table) in found.items() if table}, owner)
+    return Spelling(names, {path: table for path, (_, table) in found.items() if table}, owner, dotted)
 
 
 def _plain(path: str) -> str:
@@ -319,20 +336,30 @@ def _other(table: str, entry: _Entry, side: SideName) -> _Entry:
 
 def _places(pipeline: Pipeline, name: str, axes: Axes) -> Iterator[Place]:
     for part in pipeline.parts:
-        if not name.startswith(part.prefix):
+        dotted = name.startswith(DOTTED[part.prefix])
+        if not dotted and not name.startswith(part.prefix):
             continue
+        rest = name.removeprefix(DOTTED[part.prefix] if dotted else part.prefix)
         for entry in _entries(part.table):
-            bindings = entry.flat.match(name.removeprefix(part.prefix))
+            bindings = (entry.slot.template if dotted else entry.flat).match(rest)
             if bindings is None or not entry.fits(axes):
                 continue
             fused = entry.shared and entry.side == "ms"
             plain = entry if fused else _other(part.table, entry, "hf")
             path = (entry if entry.side == "hf" else plain).slot.template.fill(bindings)
-            yield Place(f"{part.component}.{path}", entry.kernel, part.table if fused else "")
+            means = tuple(f"{part.component}.{other.fill(bindings)}" for other in _meant(part.table, entry))
+            yield Place(f"{part.component}.{path}", entry.kernel, part.table if fused else "", means)
 
 
-def _spelled(pipeline: Pipeline, path: str, axes: Axes) -> tuple[str, str] | None:
-    """Return (flattened name, "") or, where the original code holds several modules in one, ("", the table)."""
+def _meant(table: str, entry: _Entry) -> tuple[Template, ...]:
+    """Return diffusers' modules that one module of the original code is, or the module itself."""
+    if entry.side == "hf":
+        return (entry.slot.template,)
+    return tuple(e.slot.template for e in _entries(table) if e.side == "hf" and e.slot.rule is entry.slot.rule)
+
+
+def _spelled(pipeline: Pipeline, path: str, axes: Axes, dotted: bool) -> tuple[str, str] | None:
+    """Return (name, "") or, where the original code holds several modules in one, (that one's name, the table)."""
     component, _, rest = path.partition(".")
     for number, part in enumerate(pipeline.parts):
         if part.component != component:
@@ -340,11 +367,12 @@ def _spelled(pipeline: Pipeline, path: str, axes: Axes) -> tuple[str, str] | Non
         for entry in _entries(part.table):
             bindings = entry.slot.template.match(rest) if entry.side == "hf" else None
             if bindings is not None and entry.fits(axes):
-                side = pipeline.written if number == 0 else "hf"
-                if side == "ms" and entry.shared:
-                    return "", part.table
+                side = "hf" if number else "ms" if dotted else pipeline.written
                 written = entry if side == "hf" else _other(part.table, entry, side)
-                return part.prefix + written.flat.fill(bindings), ""
+                prefix, template = (
+                    (DOTTED[part.prefix], written.slot.template) if dotted else (part.prefix, written.flat)
+                )
+                return prefix + template.fill(bindings), part.table if side == "ms" and entry.shared else ""
     return None
 
 

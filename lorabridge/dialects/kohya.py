@@ -53,12 +53,12 @@ class Kohya:
                 hint="name the dialect with --from",
             )
         places = _places(groups, content)
-        reader = _Reader(content, content.facts.read("value"))
+        reader = UpdateReader(content, content.facts.read("value"))
         modules = [m for name, specs in groups.items() if (m := reader.module(name, specs, places[name])) is not None]
         reader.problems.raise_any(content.path)
         modules = kohya_write.split(modules, {place.path: place.fused for place in places.values() if place.fused})
         alphas = tuple((s.name, CARRIED) for specs in groups.values() for n, s in specs.items() if n == "alpha")
-        _refuse_twins(modules)
+        refuse_twins(modules)
         return Adapter(
             tuple(sorted(modules, key=lambda module: module.path)), left_out=alphas, warnings=tuple(reader.warnings)
         )
@@ -129,7 +129,7 @@ def _stated(value: object) -> Place:
 
 
 @dataclass
-class _Reader:
+class UpdateReader:
     """Turn the tensors of one name into a module, noting what is wrong."""
 
     content: Content
@@ -138,6 +138,7 @@ class _Reader:
     warnings: list[str] = field(default_factory=list)
 
     def module(self, name: str, specs: Mapping[str, TensorSpec], place: Place) -> LoraModule | None:
+        """Return one module; None after noting why there is none. ``specs``: by LyCORIS' names of the tensors."""
         for tensor in sorted(set(specs) & set(lycoris.OTHERS)):
             self.problems.add(f"{lycoris.OTHERS[tensor]} is no product of factors", f"{name}.{tensor}", MERGE)
         if not lycoris.kind_of(specs):
@@ -209,7 +210,8 @@ def _of_rank(scaling: Scaling, rank: int) -> Scaling:
     return Scaling(scaling.value * rank if alpha is None else alpha, rank)
 
 
-def _refuse_twins(modules: list[LoraModule]) -> None:
+def refuse_twins(modules: list[LoraModule]) -> None:
+    """Raise MappingError where two names mean one module."""
     seen: dict[str, int] = {}
     for module in modules:
         seen[module.path] = seen.get(module.path, 0) + 1

@@ -30,7 +30,7 @@ def write(adapter: Adapter, facts: Facts) -> Written:
     named_modules = [(spelling.names[m.path], m) for m in adapter.modules if m.path in spelling.names]
     for table in dict.fromkeys(spelling.fused.values()):
         fused = through([m for m in adapter.modules if spelling.fused.get(m.path) == table], table, to="ms")
-        named_modules += [(spelling.prefix(table) + flattened.flatten(m.path), m) for m in fused]
+        named_modules += [(spelling.named(table, m.path), m) for m in fused]
     named_modules = [(name, _plain(module)) for name, module in sorted(named_modules, key=lambda item: item[0])]
     tensors = [item for name, module in named_modules for item in _tensors(name, module)]
     modules = [module for _, module in named_modules]
