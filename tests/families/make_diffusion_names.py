@@ -4,7 +4,7 @@
 
 ``network``: name to shape of every parameter, on the meta device. ``original``: what each is made of in the original
 code: runs of (name, first row, last row + 1), found by giving diffusers' converters tensors whose elements say where
-they lie. MindSpore's norms have gamma and beta, PyTorch's weight and bias.
+they lie. A projection that is turned has its axes and rows exchanged: its run names the columns.
 """
 
 from __future__ import annotations
@@ -51,7 +51,16 @@ TRANSFORMERS = {
         },
     ),
 }  # fmt: skip
-NORMS = {"gamma": "weight", "beta": "bias"}
+VAE = {
+    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2,
+}  # fmt: skip
+BIG = {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+    "projection_dim": 1280,
+}  # fmt: skip
+LAYOUTS = {"sd15": {"names": "original"}, "sd21": {"names": "original"}, "sdxl": {"names": "original"},
+           "sd_vae": {"names": "original", "attention": "to_q"}, "sd_openclip": {"names": "original"}}  # fmt: skip
 STEP = 1 << 20
 Runs = list[tuple[str, int, int]]
 
@@ -60,9 +69,8 @@ def places(names: dict[str, tuple[int, ...]]) -> tuple[dict[str, torch.Tensor], 
     """Return a thin tensor for every name, whose elements count rows from a number of its own, and the names."""
     state = {}
     for number, (name, shape) in enumerate(names.items()):
-        path, _, leaf = name.rpartition(".")
-        rows = torch.arange(max(shape[0], 1), dtype=torch.float64) + number * STEP
-        state[f"{path}.{NORMS.get(leaf, leaf)}" if path else leaf] = rows.reshape(-1, *(1,) * (len(shape) - 1))
+        rows = torch.arange(max([1, *shape[:1]]), dtype=torch.float64) + number * STEP
+        state[name] = rows.reshape(-1, *(1,) * (len(shape) - 1))
     return state, list(names)
 
 
@@ -81,19 +89,31 @@ def runs(tensor: torch.Tensor, names: list[str]) -> Runs:
 def main() -> None:
     """Write the file."""
     import diffusers
+    import transformers
     from diffusers.loaders import single_file_utils as theirs
 
     from lorabridge.families import tables
 
     out: dict[str, object] = {"diffusers": diffusers.__version__}
     networks = {family: ("UNet2DConditionModel", config) for family, config in CONFIGS.items()} | TRANSFORMERS
+    networks |= {"sd_vae": ("AutoencoderKL", VAE), "sd_openclip": ("CLIPTextModelWithProjection", BIG)}
     for family, (kind, config) in networks.items():
+        if kind.startswith("CLIP"):
+            settings = transformers.CLIPTextConfig(**config)
+            config = json.loads(settings.to_json_string(use_diff=False))
         with torch.device("meta"):
-            network = getattr(diffusers, kind)(**config)
+            network = (
+                getattr(transformers, kind)(settings) if kind.startswith("CLIP") else getattr(diffusers, kind)(**config)
+            )
         table = tables.load_family(family)
         sizes = tables.sizes_from_config(table, config) if table.sizes else {}
-        state, names = places(tables.names(table, sizes, "ms", optional=True))
-        if kind.startswith("UNet"):
+        layout = LAYOUTS.get(family, {})
+        state, names = places(tables.names(table, sizes, "ms", layout=layout, architecture=kind, optional=True))
+        if kind.startswith("CLIP"):
+            found = theirs.convert_open_clip_checkpoint(network, state, "conditioner.embedders.1.model.")
+        elif kind.startswith("Auto"):
+            found = theirs.convert_ldm_vae_checkpoint(state, dict(network.config))
+        elif kind.startswith("UNet"):
             found = theirs.convert_ldm_unet_checkpoint(state, dict(network.config))
         elif kind.startswith("Flux"):
             found = theirs.convert_flux_transformer_checkpoint_to_diffusers(state)

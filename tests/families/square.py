@@ -89,7 +89,8 @@ def merged(store: Store, base: Mapping[str, np.ndarray], adapter: Adapter) -> Mo
         else:
             item_of(made, module)[...] = total.T if turned else total
         if module.lora_bias is not None:
-            made[f"{module.path}.bias"] = made[f"{module.path}.bias"] + module.scaling.value * store.value(
+            beside = "in_proj_bias" if module.weight == "in_proj_weight" else "bias"
+            made[f"{module.path}.{beside}"] = made[f"{module.path}.{beside}"] + module.scaling.value * store.value(
                 module.lora_bias
             )
     return made

@@ -23,8 +23,10 @@ ANY_ROWS = 16
 
 
 def known_names(family: str, side: str, **layout: str) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes; sizes that a table leaves open are 16."""
+    """Return names and shapes, the original code's unless said otherwise; sizes that a table leaves open are 16."""
     table = tables.load_family(family)
+    if family in UNETS:
+        layout = {"names": "original", **layout}
     names = tables.names(table, SIZES.get(family, {}), side, layout=layout, optional=True)
     return {name: tuple(ANY_ROWS if n < 0 else n for n in shape) for name, shape in names.items()}
 
@@ -55,7 +57,8 @@ def runs(expr: Expr) -> list[list[object]]:
 def test_a_network_s_names_and_shapes_are_those_of_diffusers(family: str) -> None:
     real = {name: tuple(shape) for name, shape in KNOWN[family]["network"].items()}
     table, sizes = tables.load_family(family), SIZES.get(family, {})
-    found = tables.names(table, sizes, "hf", layout={"hf_prefix": ""}, optional=True)
+    spelled = {"names": "original"} if family in UNETS else {}
+    found = tables.names(table, sizes, "hf", layout={"hf_prefix": "", **spelled}, optional=True)
     assert {n: tuple(r if k < 0 else k for k, r in zip(s, real[n], strict=True)) for n, s in found.items()} == real
 
 
@@ -78,10 +81,12 @@ def test_a_whole_network_goes_there_and_back(family: str, bare: bool) -> None:
     table = tables.load_family(family)
     prefix = "" if bare else table.hf_prefix.text
     whole = model(known_names(family, "hf", hf_prefix=prefix))
-    there = tables.map_adapter(table, whole, to="ms", sizes=SIZES.get(family, {}))
-    assert {e.name for e in there.extras} == set(known_names(family, "ms"))
-    back = tables.map_adapter(table, there, to="hf", sizes=SIZES.get(family, {}), layout={"hf_prefix": prefix})
-    assert {extra.name: extra.value for extra in back.extras} == {extra.name: extra.value for extra in whole.extras}
+    for names in ["mindone", "original"] if family in UNETS else [""]:
+        spelled = {"names": names} if names else {}
+        there = tables.map_adapter(table, whole, to="ms", sizes=SIZES.get(family, {}), layout=spelled)
+        assert {e.name for e in there.extras} == set(known_names(family, "ms", **spelled))
+        back = tables.map_adapter(table, there, to="hf", sizes=SIZES.get(family, {}), layout={"hf_prefix": prefix})
+        assert {e.name: e.value for e in back.extras} == {e.name: e.value for e in whole.extras}
     shapes = {extra.name: extra.value.shape for extra in whole.extras}
     assert not tables.check_complete(table, shapes, side="hf", sizes=SIZES.get(family, {})).problems
 
