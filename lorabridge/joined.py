@@ -25,6 +25,7 @@ class Joined:
         self.format = first.format
         self.path = first.path
         self.metadata: Mapping[str, str] = {}
+        self.sources = tuple(sources.values())
         self._owner: dict[str, tuple[Source, str]] = {}
         specs: dict[str, TensorSpec] = {}
         for prefix, source in sources.items():

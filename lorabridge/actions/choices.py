@@ -10,6 +10,7 @@ from typing import cast
 from .. import dialects
 from ..arithmetic.numerics import POLICIES
 from ..conversion import read_facts
+from ..conversion.engines import Engine
 from ..conversion.forward import Settings, dialect_named
 from ..conversion.repository import Framework, Input, Output, framework_of, plan_output
 from ..conversion.selection import Selection
@@ -55,6 +56,7 @@ class ConvertOptions:
     strategies: tuple[Path, ...] = ()
     step: str | None = None
     check_replicas: bool = True
+    engine: Engine = field(default_factory=Engine)
 
 
 @dataclass(frozen=True, slots=True)

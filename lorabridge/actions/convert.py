@@ -11,9 +11,11 @@ from pathlib import Path
 from .. import __version__, formats, manifest
 from ..arithmetic import numerics
 from ..axes import Expr, reads
-from ..conversion import execute, plan, wayback
+from ..conversion import engines, execute, plan, wayback
+from ..conversion.accounts import Numeric
 from ..conversion.forward import Forward, forward, options_text
 from ..conversion.repository import ADAPTER_CONFIG, MODEL_CONFIG, Input, files_of, open_input, run_identity
+from ..conversion.shares import InputOpener
 from ..dialects import CONFIGURED, PIPELINES
 from ..dialects.adapter import CARRIED, DIRECTORY, TITLE, Facts, Json, LoraModule
 from ..dialects.deltas import COUNTERPARTS
@@ -76,6 +78,7 @@ def convert_opened(
 ) -> ConvertReport:
     """Convert what is open already; see :func:`convert`. ``started``: of the clock ``time.perf_counter``."""
     sealed = encryption(options)
+    options.engine.check()
     job = plan_conversion(given, target, options)
     notes = numerics.Notes()
     if not options.dry_run:
@@ -247,7 +250,8 @@ def run(
     if options.check_replicas and isinstance(given.source, Assembled):
         given.source.check_replicas()
     require_space(output.target.parent, job.plan.nbytes + (job.plan.nbytes >> 6))
-    keys = {name: wayback.residue_key(expr) if job.residues else name for name, expr in _named(job.plan)}
+    keys = {name: wayback.residue_key(expr) for name, expr in _named(job.plan)} if job.residues else {}
+    opener = InputOpener.of(given.path, options.strategies, options.step)
     with Staging(
         output.target,
         digest=_identity(given, job.plan, sealed),
@@ -259,10 +263,10 @@ def run(
             flavour="ms" if job.choice.goal.framework == "mindspore" else "hf", crc=options.crc,
             encryption=sealed,
         )  # fmt: skip
-        outcome = execute.run(
-            job.plan, given.source, sink,
-            kernels=lambda name: numerics.kernels(keys[name], notes, job.residues),
-            metadata=job.metadata, workers=options.workers or execute.default_workers(), progress=progress,
+        outcome = engines.run(
+            job.plan, given.source, sink, engine=options.engine,
+            work=engines.Work(opener, staging.path, output.format), arithmetic=Numeric(notes, job.residues, keys),
+            metadata=job.metadata, workers=options.workers, progress=progress,
             digests=job.manifest is not None and job.plan.nbytes <= DIGEST_LIMIT and _is_adapter(job),
         )  # fmt: skip
         companions = _companions(job, given, outcome.digests, notes)

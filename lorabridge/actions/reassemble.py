@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ..conversion.engines import Engine
 from ..conversion.repository import open_input
 from ..distributed.assembled import Assembled
-from ..errors import InputError, UsageError
+from ..errors import InputError
 from .choices import ConvertOptions, source_dialect
 from .convert import convert_opened
 from .convert_report import ConvertReport
@@ -23,15 +22,13 @@ def reassemble(
     options: ConvertOptions | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
-    engine: Engine | None = None,
 ) -> ConvertReport:
     """Write what the ranks of ``source`` hold as one checkpoint and return what was done.
 
     Every tensor is written under its name, training state included, unless ``options`` ask for a selection, a dialect,
     a family or a type: then :func:`lorabridge.actions.convert.convert` does it in the same pass, with no whole
-    checkpoint in between and in this process, whatever the ``engine``: a UsageError for another one. Copies of a slice
-    are compared first unless ``options.check_replicas`` is false. Raises InputError also for a source that no ranks
-    wrote.
+    checkpoint in between. Copies of a slice are compared first unless ``options.check_replicas`` is false. Raises
+    InputError also for a source that no ranks wrote.
     """
     started = time.perf_counter()
     options = options or ConvertOptions()
@@ -46,13 +43,8 @@ def reassemble(
         if not _converts(options):
             kept = WholeOptions(options.max_shard_size, options.crc, options.check_replicas, options.workers,
                                 options.dry_run, options.overwrite, options.strategies, options.step,
-                                engine or Engine())  # fmt: skip
+                                options.engine)  # fmt: skip
             return write_whole(given, target, kept, progress=progress, started=started)
-        if engine is not None and engine.name != "process":
-            raise UsageError(
-                f"the {engine.name} engine puts ranks together under the names they have",
-                hint="use --engine process, or run lorabridge convert on the result",
-            )
         if options.target_dialect is None and options.family is None:
             origin = source_dialect(given, None, options.facts.then(given.stated), options.source_dialect)
             options = replace(options, source_dialect=origin.name, target_dialect=origin.name)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from .. import formats
 from ..axes import Expr, read
 from ..conversion import engines, plan
-from ..conversion.engines import Engine
+from ..conversion.accounts import Numeric
+from ..conversion.engines import Engine, Work
 from ..conversion.repository import Input, files_of, open_input, run_identity
+from ..conversion.shares import InputOpener
 from ..distributed.assembled import Assembled
 from ..distributed.dcpsink import DcpSink, chunks
 from ..distributed.layout import Layout, slice_of
@@ -23,9 +25,9 @@ from ..errors import MappingError, OutputError, UsageError, counted
 from ..files.fsio import Staging, require_space
 from ..formats.shardsink import split
 from ..formats.untrusted import shown
-from ..tensors import Sink, Source, TensorSpec
+from ..tensors import Sink, TensorSpec
 from .convert_report import ConvertReport
-from .whole import WholeOptions, absolute, write_whole
+from .whole import WholeOptions, write_whole
 
 Progress = Callable[[int, int], None]
 Stages = Mapping[int, Mapping[str, Layout]]
@@ -52,19 +54,6 @@ class ReshardOptions:
     dry_run: bool = False
     overwrite: bool = False
     engine: Engine = field(default_factory=Engine)
-
-
-@dataclass(frozen=True, slots=True)
-class ReshardRecipe:
-    """What ``options`` cut a source into, see ``conversion.shares.Recipe``. Absolute paths."""
-
-    source: Path
-    options: ReshardOptions
-
-    def open(self) -> tuple[plan.Plan, Source]:
-        """Open the source and plan the cuts."""
-        given = open_input(self.source, strategies=self.options.strategies, step=self.options.step)
-        return _plan(given, self.options)[0], given.source
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +128,6 @@ def _plan(given: Input, options: ReshardOptions) -> tuple[plan.Plan, Stages, tup
         stages = _stages(given, options)
         outputs, whole = _cut(given.source.specs, stages)
     return plan.build(given.source.specs, outputs, seed="reshard"), stages, whole
-
-
-def _recipe(given: Input, options: ReshardOptions) -> ReshardRecipe:
-    strategies, to = absolute(options.strategies), absolute(options.to)
-    return ReshardRecipe(given.path.absolute(), replace(options, strategies=strategies, to=to, engine=Engine()))
 
 
 def _dcp_ranks(options: ReshardOptions) -> int:
@@ -237,9 +221,10 @@ def _write(
         sink: Sink = DcpSink(staging.create)
         if options.dcp is None:
             sink = RanksSink(formats.container(format), staging.create, f"checkpoint{suffix}", options=known)
+        opener = InputOpener.of(given.path, options.strategies, options.step)
         engines.run(
-            planned, given.source, sink, engine=options.engine, recipe=_recipe(given, options),
-            format="PyTorch's DCP" if options.dcp else format, metadata={"format": "ms"},
+            planned, given.source, sink, engine=options.engine, arithmetic=Numeric(),
+            work=Work(opener, staging.path, "PyTorch's DCP" if options.dcp else format), metadata={"format": "ms"},
             workers=options.workers, progress=progress,
         )  # fmt: skip
         for number, stage in enumerate(sorted(stages)):

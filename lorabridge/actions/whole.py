@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import formats
 from ..axes import read
 from ..conversion import engines, execute, plan
-from ..conversion.engines import Engine
-from ..conversion.repository import Framework, Input, files_of, open_input, plan_output, run_identity
+from ..conversion.accounts import Numeric
+from ..conversion.engines import Engine, Work
+from ..conversion.repository import Framework, Input, files_of, plan_output, run_identity
+from ..conversion.shares import InputOpener
 from ..distributed.assembled import Assembled
 from ..errors import OutputError, UsageError
 from ..files.fsio import Staging, require_space
@@ -37,20 +39,6 @@ class WholeOptions:
     strategies: tuple[Path, ...] = ()
     step: str | None = None
     engine: Engine = field(default_factory=Engine)
-
-
-@dataclass(frozen=True, slots=True)
-class WholeRecipe:
-    """Every tensor under its own name, see ``conversion.shares.Recipe``. Absolute paths."""
-
-    source: Path
-    strategies: tuple[Path, ...]
-    step: str | None
-
-    def open(self) -> tuple[plan.Plan, Source]:
-        """Open the source and plan its copy."""
-        source = open_input(self.source, strategies=self.strategies, step=self.step).source
-        return _plan(source), source
 
 
 def _plan(source: Source) -> plan.Plan:
@@ -92,19 +80,15 @@ def write_whole(
                 output.format, staging.create, output.file, max_shard_size=options.max_shard_size,
                 flavour="ms" if framework == "mindspore" else "hf", crc=options.crc,
             )  # fmt: skip
-            recipe = WholeRecipe(given.path.absolute(), absolute(options.strategies), options.step)
+            opener = InputOpener.of(given.path, options.strategies, options.step)
             engines.run(
-                planned, given.source, sink, engine=options.engine, recipe=recipe, format=output.format,
+                planned, given.source, sink, engine=options.engine, arithmetic=Numeric(),
+                work=Work(opener, staging.path, output.format),
                 metadata={"format": "ms" if framework == "mindspore" else "pt"},
                 workers=options.workers, progress=progress,
             )  # fmt: skip
             staging.commit()
     return _report(given, str(output.target), output.format, framework, planned, options, time.perf_counter() - started)
-
-
-def absolute(paths: Sequence[Path]) -> tuple[Path, ...]:
-    """Return paths as other processes can open them."""
-    return tuple(path.absolute() for path in paths)
 
 
 def _report(

@@ -11,8 +11,6 @@ import math
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +18,7 @@ import numpy.typing as npt
 from ..axes import Compute, Kernel, reads
 from ..dtypes import BY_NAME, DType
 from ..errors import InputError, MappingError, counted
-from . import lowrank, products
+from . import blockscales, lowrank, products
 from .floats import (
     LAYOUTS,
     Bits,
@@ -35,6 +33,7 @@ from .floats import (
     unfit,
     values,
 )  # fmt: skip
+from .notes import Notes, Rounding
 
 __all__ = ["Notes", "Rounding", "cast", "kernels", "scaled", "unscaled", "values"]
 
@@ -47,65 +46,6 @@ DIRECT = frozenset(
 )
 """Casts for which numpy and ml_dtypes convert in one step; tests hold them against exact arithmetic."""
 POLICIES = ("error", "saturate", "inf")
-
-
-@dataclass(frozen=True, slots=True)
-class Rounding:
-    """What arithmetic cost one tensor: elements whose value changed, of how many, and the worst relative error.
-
-    An element that vanished has relative error 1; ``overflowed`` ones were saturated or became infinite.
-    """
-
-    inexact: int
-    elements: int
-    max_relative_error: float
-    overflowed: int = 0
-
-    def plus(self, other: Rounding) -> Rounding:
-        """Add another part of the same tensor."""
-        worst = max(self.max_relative_error, other.max_relative_error)
-        return Rounding(
-            self.inexact + other.inexact, self.elements + other.elements, worst, self.overflowed + other.overflowed
-        )
-
-
-class Notes:
-    """What the kernels of one run have to say; any thread may add, and the order of adding leaves no trace."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._rounding: dict[str, Rounding] = {}
-        self._residues: dict[str, dict[bytes, bytes]] = {}
-
-    def add(self, output: str, rounding: Rounding) -> None:
-        """Count a part of an output."""
-        with self._lock:
-            known = self._rounding.get(output)
-            self._rounding[output] = rounding if known is None else known.plus(rounding)
-
-    def keep(self, output: str, digest: bytes, residue: bytes) -> None:
-        """Keep what undoing one scaling needs; ``digest`` identifies its result, an empty residue says: nothing."""
-        with self._lock:
-            known = self._residues.setdefault(output, {}).setdefault(digest, residue)
-        if known != residue:
-            raise MappingError(
-                "two different blocks become equal when they are scaled, so the way back could not tell them apart",
-                where=output,
-                hint="convert one of them apart, with --include",
-            )
-
-    @property
-    def rounding(self) -> Mapping[str, Rounding]:
-        """Per output tensor."""
-        with self._lock:
-            return dict(sorted(self._rounding.items()))
-
-    @property
-    def residues(self) -> Mapping[str, bytes]:
-        """Per output tensor with any: entries of digest, length (8 bytes, little-endian) and zlib data, by digest."""
-        with self._lock:
-            packed = {name: _pack(entries) for name, entries in sorted(self._residues.items())}
-        return {name: raw for name, raw in packed.items() if raw}
 
 
 def kernels(output: str, notes: Notes, residues: Mapping[str, bytes]) -> Mapping[str, Kernel]:
@@ -155,8 +95,16 @@ def kernels(output: str, notes: Notes, residues: Mapping[str, bytes]) -> Mapping
         notes.add(output, rounding)
         return bits
 
+    def run_dequantize(node: Compute, args: list[Bits]) -> Bits:
+        double, made = BY_NAME["float64"], np.empty(node.shape, node.dtype.carrier())
+        for rows, exact in blockscales.products(node, args):
+            carried = np.ascontiguousarray(exact).view(double.carrier())
+            made[rows], rounding = _blockwise(carried, double, node.dtype, "error", output, blockscales.narrowed)
+            notes.add(output, rounding)
+        return made
+
     return {
-        "cast": run_cast, "scale": run_scale, "unscale": run_unscale,
+        "cast": run_cast, "scale": run_scale, "unscale": run_unscale, "dequantize": run_dequantize,
         "compress_a": run_compress, "compress_b": run_compress,
         **dict.fromkeys(products.KERNELS, run_product),
     }  # fmt: skip
@@ -389,10 +337,6 @@ def _restored(naive: Bits, residue: bytes, where: str) -> Bits:
     difference: Words = (folded >> one) ^ (~(folded & one) + one)
     true: Words = naive.view(naive.dtype.str).reshape(-1) + difference
     return true.reshape(naive.shape)
-
-
-def _pack(entries: Mapping[bytes, bytes]) -> bytes:
-    return b"".join(key + struct.pack("<Q", len(data)) + data for key, data in sorted(entries.items()) if data)
 
 
 def _unpack(raw: bytes, where: str) -> dict[bytes, bytes]:

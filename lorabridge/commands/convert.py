@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import click
 
@@ -15,6 +15,7 @@ from ._options import (
     ShownGiven,
     StatedGiven,
     WrittenGiven,
+    engine_options,
     fact_options,
     key_option,
     mappings_option,
@@ -62,6 +63,8 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
     adapter_only: bool
     encrypt: str | None
     new_key_file: Path | None
+    engine: Literal["process", "ray"]
+    address: str | None
 
 
 @documented(
@@ -77,6 +80,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
             "Numbers": ("dtype", "on_overflow", "compress"),
             "Writing": ("max_shard_size", "crc", "workers", "dry_run", "overwrite"),
             "Encrypted checkpoints": ("key_file", "encrypt", "new_key_file"),
+            "Machines": ("engine", "address"),
             "Output": ("json", "quiet", "verbose", "no_progress"),
         },
         examples=(
@@ -133,6 +137,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
               help="Threads; by default one per CPU, at most 8. The output does not depend on it.")  # fmt: skip
 @click.option("-n", "--dry-run", is_flag=True, help="Plan and report; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace DST, in one step, if it exists.")
+@engine_options
 @output_options
 @progress_option
 def convert(source: Path, target: str, **given: Unpack[Given]) -> None:
@@ -158,6 +163,7 @@ def convert(source: Path, target: str, **given: Unpack[Given]) -> None:
 def options_of(given: Given) -> ConvertOptions:
     """Return what the options ask for."""
     from ..actions.choices import ConvertOptions
+    from ..conversion.engines import Engine
 
     return ConvertOptions(
         source_dialect=given["source_dialect"], target_dialect=given["target_dialect"], family=given["family"],
@@ -167,6 +173,7 @@ def options_of(given: Given) -> ConvertOptions:
         adapter_only=given["adapter_only"], max_shard_size=given["max_shard_size"], crc=given["crc"],
         encrypt=given["encrypt"], new_key_file=given["new_key_file"],
         workers=given["workers"], dry_run=given["dry_run"], overwrite=given["overwrite"],
+        engine=Engine(given["engine"], given["address"]),
     )  # fmt: skip
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Unpack
 
 import click
 
 from ._group import Command, Manual, documented
-from ._options import engine_options
 from ._progress import Progress
 from ._terminal import Output
 from ._values import known_family
@@ -23,8 +22,6 @@ class Given(ConvertGiven):
     strategies: tuple[Path, ...]
     step: str | None
     check_replicas: bool
-    engine: Literal["process", "ray"]
-    address: str | None
 
 
 @documented(
@@ -35,7 +32,6 @@ class Given(ConvertGiven):
         },
         groups={
             "Ranks": ("strategies", "step", "check_replicas"),
-            "Machines": ("engine", "address"),
             **convert.manual.groups,
         },
         examples=(
@@ -52,7 +48,6 @@ class Given(ConvertGiven):
 @click.option("--step", metavar="EPOCH_STEP", help="Which checkpoint, where the ranks hold several: 2_1000.")
 @click.option("--check-replicas/--no-check-replicas", default=True, show_default=True,
               help="Compare all copies of a slice before anything is written.")  # fmt: skip
-@engine_options
 def reassemble(source: Path, target: str, **given: Unpack[Given]) -> None:
     """Put a distributed checkpoint together into one.
 
@@ -66,11 +61,9 @@ def reassemble(source: Path, target: str, **given: Unpack[Given]) -> None:
         options_of(given), strategies=given["strategies"], step=given["step"], check_replicas=given["check_replicas"]
     )
     from ..actions.reassemble import reassemble as run
-    from ..conversion.engines import Engine
 
-    engine = Engine(given["engine"], given["address"])
     with Progress("reassembling", enabled=not (given["no_progress"] or given["quiet"])) as progress:
-        done = run(source, target, options, progress=progress, engine=engine)
+        done = run(source, target, options, progress=progress)
     if out.json:
         out.document(done.as_json())
         return

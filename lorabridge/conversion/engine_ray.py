@@ -3,42 +3,189 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import LorabridgeError, StorageError, UsageError
-from .shares import Refused, Share, do
+from . import endpoint
+from .shares import Done, Refused, Share, Stamps, do
+from .survey import Reply, judge, probing, reply
 
 RETRIES = 5
 """How often Ray starts a share again, on another machine if it can, after the worker that had it was lost."""
+ANSWER = 120.0
+"""Seconds for every machine to start a worker and look at its files."""
+STORE = 80 << 20
+"""Bytes of the object store of a cluster that is started here: tensors never pass through it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A node of the cluster: Ray's id, its host's name and address, and how many CPUs it gives."""
+
+    node: str
+    name: str
+    cpus: int
 
 
 @contextmanager
-def cluster(address: str | None) -> Iterator[int]:
-    """Join a Ray cluster, or what this process has joined already; gives its number of CPUs.
+def cluster(address: str | None) -> Iterator[list[Machine]]:
+    """Join a Ray cluster, or what this process has joined already, or start one here; gives the machines that work.
 
-    A UsageError when nothing answers at ``address``.
+    A UsageError when no cluster can be joined at ``address``, when it runs another Ray or Python, or has no CPUs.
     """
     import ray
 
     joined = ray.is_initialized()
     if not joined:
-        try:
-            ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False,
-                     logging_level=logging.ERROR)  # fmt: skip
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            where = address or "the local machine"
-            hint = "start it with `ray start --head`, and name the address that it prints"
-            raise UsageError(f"no Ray cluster could be joined: {_first_line(error)}", where=where, hint=hint) from error
+        _join(address)
     try:
-        yield max(1, int(ray.cluster_resources().get("CPU", 1)))
+        machines = _machines()
+        if not machines:
+            raise UsageError("no machine of the cluster has a CPU for this", hint="look at `ray status`")
+        yield machines
     finally:
         if not joined:
             ray.shutdown()
 
 
-def results(shares: Sequence[Share], window: int) -> Iterator[int]:
-    """Yield the bytes of each share as it is done, at most ``window`` of them under way.
+def _machines() -> list[Machine]:
+    import ray
+
+    found = []
+    for node in ray.nodes():
+        cpus = int(node["Resources"].get("CPU", 0))
+        if node["Alive"] and cpus:
+            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            found.append(Machine(node["NodeID"], name, cpus))
+    return sorted(found, key=lambda machine: (machine.name, machine.node))
+
+
+def _join(address: str | None) -> None:
+    place, told_by = _place(address)
+    if place is None:
+        with _quiet_environment():
+            _initialize(
+                "this machine", address="local", num_cpus=len(os.sched_getaffinity(0)), object_store_memory=STORE,
+                include_dashboard=False,
+            )  # fmt: skip
+        return
+    host, port = endpoint.parsed(place)
+    reason = endpoint.refusal(host, port)
+    if reason:
+        raise UsageError(
+            f"no Ray cluster answers: {reason}",
+            where=f"{place}, {told_by}",
+            hint="start one with `ray start --head` and give the address that it prints; without --address (and "
+            "RAY_ADDRESS) one is started for the run; `ray stop` forgets a cluster that is gone",
+        )
+    _initialize(place, address=place)
+
+
+def _place(address: str | None) -> tuple[str | None, str]:
+    """Return HOST:PORT of the cluster that is meant, None to start one, and who says so; Ray's own rules decide."""
+    if address not in (None, "", "auto"):
+        return (None if address == "local" else address), "given with --address"
+    if os.environ.get("RAY_ADDRESS", "auto") not in ("", "auto"):
+        stated = os.environ["RAY_ADDRESS"]
+        return (None if stated == "local" else stated), "given in RAY_ADDRESS"
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        found = canonicalize_bootstrap_address(address or None)
+    except ConnectionError as error:
+        raise UsageError(
+            "no Ray cluster runs on this machine", where=f"--address {address}",
+            hint="start one with `ray start --head`, or leave --address out to have one for the run",
+        ) from error  # fmt: skip
+    return found, "which `ray start` noted on this machine"
+
+
+@contextmanager
+def _quiet_environment() -> Iterator[None]:
+    """Start a cluster that reports its use to nobody."""
+    name = "RAY_USAGE_STATS_ENABLED"
+    before = os.environ.get(name)
+    os.environ.setdefault(name, "0")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
+def _initialize(where: str, **arguments: object) -> None:
+    """Call ``ray.init`` and leave the handling of SIGTERM as it was."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if lines and lines[0].startswith("Version mismatch"):
+            raise UsageError(
+                "the cluster runs another Ray or Python than this process", where=[where, *_versions(lines)],
+                hint="install the same ray under the same Python on every machine, this one included",
+            ) from error  # fmt: skip
+        raise UsageError(
+            f"no Ray cluster could be joined: {_first_line(error)}", where=where,
+            hint="run on a machine of the cluster (`ray start --address` makes this one join), and see `ray status`",
+        ) from error  # fmt: skip
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _versions(lines: Sequence[str]) -> list[str]:
+    """Put Ray's account of the versions on two lines: the cluster's and this process's."""
+    said: list[str] = []
+    for line in lines:
+        text = line.removeprefix("Version mismatch: ")
+        if text.startswith(("Ray:", "Python:")) and said:
+            said[-1] += f"{'' if said[-1].endswith(':') else ','} {text}"
+        else:
+            said.append(text)
+    return said
+
+
+def ask(machines: Sequence[Machine], folder: Path, stamps: Stamps) -> None:
+    """Make every machine look for the inputs and for what is written in ``folder``; raises as ``survey.judge`` does."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    with probing(folder, len(machines)) as probe:
+        pending = {}
+        for number, machine in enumerate(machines):
+            here = NodeAffinitySchedulingStrategy(machine.node, soft=False)
+            remote = ray.remote(reply).options(num_cpus=0, max_retries=2, scheduling_strategy=here)
+            pending[remote.remote(probe.inquiry(number, stamps))] = number
+        ready, late = ray.wait(list(pending), num_returns=len(pending), timeout=ANSWER)
+        replies: dict[int, Reply | str] = {pending[one]: _reply(ray.get, one) for one in ready}
+        for one in late:
+            replies[pending[one]] = f"did not answer within {ANSWER:g} seconds"
+            ray.cancel(one, force=True)
+        judge(probe, dict(sorted(replies.items())), [machine.name for machine in machines])
+
+
+def _reply(get: Callable[[object], Reply], reference: object) -> Reply | str:
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return get(reference)
+    except RayTaskError as error:
+        return f"lorabridge does not run there: {_first_line(error.cause or error)}"
+    except RayError as error:
+        return f"no answer: {_first_line(error)}"
+
+
+def results(shares: Iterator[Share], window: int) -> Iterator[Done]:
+    """Yield what came of each share as it is done, at most ``window`` of them under way.
 
     Raises what a worker refused, StorageError when a share's workers were lost too often.
     """
@@ -47,20 +194,24 @@ def results(shares: Sequence[Share], window: int) -> Iterator[int]:
     remote = ray.remote(do).options(
         num_cpus=1, max_retries=RETRIES, retry_exceptions=False, scheduling_strategy="SPREAD"
     )
-    waiting = list(reversed(shares))
     running: list[object] = []
+    more = True
     try:
-        while waiting or running:
-            while waiting and len(running) < window:
-                running.append(remote.remote(waiting.pop()))
-            ready, running = ray.wait(running)
-            yield _result(ray.get, ready[0])
+        while more or running:
+            while more and len(running) < window:
+                share = next(shares, None)
+                more = share is not None
+                if share is not None:
+                    running.append(remote.remote(share))
+            if running:
+                ready, running = ray.wait(running)
+                yield _result(ray.get, ready[0])
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
 
 
-def _result(get: Callable[[object], int | Refused], reference: object) -> int:
+def _result(get: Callable[[object], Done | Refused], reference: object) -> Done:
     from ray.exceptions import RayError, RayTaskError
 
     try:

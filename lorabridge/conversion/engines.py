@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from ..axes import computes
 from ..errors import UsageError
 from ..files.syscalls import refusals, sync
+from ..formats import keys
 from ..formats.ranges import ranged
-from ..tensors import Sink, Source
+from ..tensors import Extent, Sink, Source
 from . import execute
+from .accounts import Arithmetic
+from .execute import Outcome
 from .plan import Plan
-from .shares import Recipe, shares, terms_of
-from .tasks import refuse_packed
+from .shares import Opener, shares, stamps_of, terms_of
+from .tasks import cut, refuse_packed
 
 Progress = Callable[[int, int], None]
 
@@ -37,58 +41,90 @@ class Engine:
             raise UsageError("ray not installed", hint="pip install 'lorabridge[ray]' on every machine of the cluster")
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Where the parts of a run come from that is not done by this process alone.
+
+    ``opener``: opens the same source elsewhere. ``folder``: where the output is staged. ``format``: the container, for
+    messages.
+    """
+
+    opener: Opener
+    folder: Path
+    format: str
+
+
 def run(
     plan: Plan,
     source: Source,
     sink: Sink,
     *,
     engine: Engine,
-    recipe: Recipe,
-    format: str,
+    work: Work,
+    arithmetic: Arithmetic,
     metadata: Mapping[str, str],
     workers: int,
     progress: Progress | None,
-) -> None:
-    """Write every output of a plan that computes nothing, then finish the sink; the bytes do not depend on the engine.
+    digests: bool = False,
+) -> Outcome:
+    """Write every output of a plan, then finish the sink; the bytes do not depend on the engine.
 
-    ``recipe``: opens the same source and makes the same plan in another process. ``format``: the container, for
-    messages. ``workers``: 0 for as many as there are. Raises what ``execute.run`` raises, UsageError for containers
-    that several machines cannot write.
+    ``workers``: 0 for as many as there are. ``arithmetic`` holds at the end what all kernels noted. Raises what
+    ``execute.run`` raises; for a cluster also UsageError where it cannot be joined, or for a container or a source that
+    several machines cannot write or read, and what ``survey.judge`` raises.
     """
     if engine.name == "process":
-        execute.run(
-            plan, source, sink, kernels=lambda name: {}, metadata=metadata,
-            workers=workers or execute.default_workers(), progress=progress,
+        return execute.run(
+            plan, source, sink, kernels=arithmetic.kernels, metadata=metadata,
+            workers=workers or execute.default_workers(), progress=progress, digests=digests,
         )  # fmt: skip
-        return
-    if any(computes(expr) for expr in plan.outputs().values()):
-        raise UsageError("arithmetic is not done on a cluster", hint="use --engine process")
     from . import engine_ray
 
+    started = time.perf_counter()
     refuse_packed(plan)
     extents = {name: source.extents(name) for step in plan.steps for name in step.reads}
+    _refuse_sealed(source, extents)
+    placing = ranged(sink, work.format)
+    terms, stamps = terms_of(work.opener, source), stamps_of(source)
     before = execute.identities(source, extents)
-    placing = ranged(sink, format)
-    sink.begin(plan.specs, metadata)
-    places = {spec.name: placing.ranges(spec.name) for spec in plan.specs if spec.nbytes}
-    files = {extent.path for held in places.values() for extent in held}
-    _flush(files)  # so that no page with a header is dirty here while others write the rest of it
-    terms, tasks = terms_of(recipe, plan, source)
-    with engine_ray.cluster(engine.address) as slots:
-        done = 0
-        for nbytes in engine_ray.results(list(shares(terms, tasks, places, workers or slots)), workers or 2 * slots):
-            done += nbytes
+    found = {spec.name: hashlib.sha256().hexdigest() for spec in plan.specs} if digests else {}
+    copied = computed = 0
+    with engine_ray.cluster(engine.address) as machines:
+        engine_ray.ask(machines, work.folder, stamps)
+        sink.begin(plan.specs, metadata)
+        places = {spec.name: placing.ranges(spec.name) for spec in plan.specs if spec.nbytes}
+        _flush({extent.path for held in places.values() for extent in held})
+        slots = workers or sum(machine.cpus for machine in machines)
+        parts = shares(
+            terms, cut(plan, extents, whole=digests), places, slots,
+            stamps=stamps, arithmetic=arithmetic, digests=digests,
+        )  # fmt: skip
+        for done in engine_ray.results(parts, workers or 2 * slots):
+            arithmetic.absorb(done.arithmetic)
+            found.update(done.outcome.digests)
+            copied, computed = copied + done.outcome.bytes_copied, computed + done.outcome.bytes_computed
             if progress is not None:
-                progress(done, plan.nbytes)
+                progress(copied + computed, plan.nbytes)
     execute.check_unchanged(before)
     for name in places:
         placing.settle(name)
     sink.finish()
     if progress is not None:
         progress(plan.nbytes, plan.nbytes)
+    return Outcome(found, time.perf_counter() - started, copied, computed)
+
+
+def _refuse_sealed(source: Source, extents: Mapping[str, tuple[Extent, ...]]) -> None:
+    """Refuse what may have to be read with a key: it is not sent over a network."""
+    if getattr(source, "encryption", "") or (keys.current() is not None and not all(extents.values())):
+        raise UsageError(
+            "the key of an encrypted checkpoint is not given to other machines", where=str(source.path),
+            hint="use --engine process, or leave the key out where nothing is encrypted",
+        )  # fmt: skip
 
 
 def _flush(files: Iterable[Path]) -> None:
+    """Put headers on disk, so that no page with one is dirty here while others write the rest of it."""
     for path in files:
         with refusals(path):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

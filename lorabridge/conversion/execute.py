@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ..axes import Kernel, computes
+from ..distributed.assembled import Assembled
 from ..errors import InputError
+from ..joined import Joined
 from ..tensors import Extent, Sink, Source
 from .plan import Plan
 from .tasks import Piece, Task, alone, cut, ordered, refuse_packed, rows
@@ -36,6 +38,8 @@ ROWS = "\0rows"
 _INTERVAL = 0.05
 
 Kernels = Callable[[str], Mapping[str, Kernel]]
+Read = Callable[[str, "tuple[int, int] | None"], "Bits"]
+"""See :meth:`lorabridge.tensors.Source.read`."""
 Progress = Callable[[int, int], None]
 Identity = tuple[int, int, int, int] | None
 
@@ -77,7 +81,7 @@ def run(
     meter = _Meter(plan.nbytes, progress)
     hashes = {spec.name: hashlib.sha256() for spec in plan.specs} if digests else {}
     tasks = deque(ordered(cut(plan, extents, whole=digests), workers))
-    _Work(source, sink, kernels, hashes, meter, _Gate(memory), tasks).all(workers)
+    _Work(source.read, sink, kernels, hashes, meter, _Gate(memory), tasks).all(workers)
     check_unchanged(before)
     sink.finish()
     meter.end()
@@ -85,14 +89,19 @@ def run(
     return Outcome({name: h.hexdigest() for name, h in hashes.items()}, seconds, meter.copied, meter.computed)
 
 
-def perform(tasks: Iterable[Task], source: Source, sink: Sink, *, kernels: Kernels) -> int:
-    """Do some tasks of a plan in this thread, one after the other, and return how many bytes they wrote.
+def perform(tasks: Sequence[Task], read: Read, sink: Sink, *, kernels: Kernels, digests: bool = False) -> Outcome:
+    """Do some tasks of a plan in this thread, one after the other.
 
-    The sink is neither begun nor finished. What one task holds is all the memory that is taken.
+    The sink is neither begun nor finished. What one task holds is all the memory that is taken. With ``digests`` the
+    tasks must hold their outputs whole (``tasks.cut(whole=True)``).
     """
+    started = time.perf_counter()
     meter = _Meter(0, None)
-    _Work(source, sink, kernels, {}, meter, _Gate(MEMORY), deque(tasks)).all(1)
-    return meter.copied + meter.computed
+    outputs = {piece.output for task in tasks for piece in task.pieces} if digests else ()
+    hashes = {name: hashlib.sha256() for name in outputs}
+    _Work(read, sink, kernels, hashes, meter, _Gate(MEMORY), deque(tasks)).all(1)
+    found = {name: h.hexdigest() for name, h in hashes.items()}
+    return Outcome(found, time.perf_counter() - started, meter.copied, meter.computed)
 
 
 def check_unchanged(before: Mapping[Path, Identity]) -> None:
@@ -118,8 +127,8 @@ def _identity(path: Path) -> Identity:
 def identities(source: Source, extents: Mapping[str, tuple[Extent, ...]]) -> dict[Path, Identity]:
     """Return what tells each input file from another or changed one: device, inode, size, mtime_ns; None if absent."""
     paths = {extent.path for ranges in extents.values() for extent in ranges}
-    if source.path.is_file():
-        paths.add(source.path)
+    for part in source.sources if isinstance(source, Joined) else (source,):
+        paths |= part.pieces.files if isinstance(part, Assembled) else {part.path} if part.path.is_file() else set()
     return {path: _identity(path) for path in paths}
 
 
@@ -177,7 +186,7 @@ class _Stopped(Exception):
 
 @dataclass
 class _Work:
-    source: Source
+    read: Read
     sink: Sink
     kernels: Kernels
     hashes: Mapping[str, hashlib._Hash]
@@ -221,7 +230,7 @@ class _Work:
         cache: dict[str, Bits] = {}
 
         def fetch(name: str) -> Bits:
-            bits = cache.pop(name) if name in cache else self.source.read(name)
+            bits = cache.pop(name) if name in cache else self.read(name, None)
             uses[name] -= 1
             if uses[name] > 0:
                 cache[name] = bits
@@ -257,7 +266,7 @@ class _Work:
             expr = alone(expr, ROWS)
 
             def get(name: str) -> Bits:
-                return self.source.read(apart[0], apart[1:]) if name == ROWS else fetch(name)
+                return self.read(apart[0], apart[1:]) if name == ROWS else fetch(name)
 
         kernels = self.kernels(piece.output) if computes(expr) else {}
         for block in blocks(expr, get, kernels):

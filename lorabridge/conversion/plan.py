@@ -94,8 +94,11 @@ def build(
     digest = hashlib.sha256(seed.encode())
     for name, spec in sorted(sources.items()):
         digest.update(f"<{name!r} {spec.dtype} {spec.shape}".encode())
+    spelled: dict[int, str] = {}  # ranks with copies share an expression
     for name, expr in outputs:
-        digest.update(f">{name!r} {_canonical(expr)}".encode())
+        if id(expr) not in spelled:
+            spelled[id(expr)] = canonical(expr)
+        digest.update(f">{name!r} {spelled[id(expr)]}".encode())
     return Plan(dict(sources), specs, steps, tuple(unused), digest.hexdigest())
 
 
@@ -110,7 +113,8 @@ def _group(outputs: Sequence[tuple[str, Expr]]) -> tuple[Step, ...]:
             name = parent[name]
         return name
 
-    needs = [reads(expr) for _, expr in outputs]
+    known = {key: reads(expr) for key, expr in {id(expr): expr for _, expr in outputs}.items()}
+    needs = [known[id(expr)] for _, expr in outputs]
     for names in needs:
         for name in names[1:]:
             parent[root(name)] = root(names[0])
@@ -123,8 +127,8 @@ def _group(outputs: Sequence[tuple[str, Expr]]) -> tuple[Step, ...]:
     )
 
 
-def _canonical(expr: Expr) -> str:
-    """Spell an expression the same way in every process."""
+def canonical(expr: Expr) -> str:
+    """Spell an expression, the same way in every process."""
     if isinstance(expr, Read):
         return repr(expr.name)
     kind = type(expr).__name__
@@ -136,5 +140,5 @@ def _value(value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ",".join(_value(v) for v in value) + "]"
     if hasattr(value, "dtype"):
-        return _canonical(value)  # type: ignore[arg-type]
+        return canonical(value)  # type: ignore[arg-type]
     return str(value)

@@ -1,7 +1,8 @@
-"""Parts of a run for workers on other machines: each reopens the source, makes the same plan and does some tasks.
+"""Parts of a run for workers on other machines: tasks of the driver's plan, done on files that both sides see.
 
-A worker gets no tensors and no tasks, only what they are made from again, so that little travels. A share can be done
-twice, by a worker that was thought dead and by its successor: both write the same bytes to the same places.
+A worker gets no tensors, only tasks and where their outputs lie; it opens the source itself, and only where a task
+reads what cannot be copied from file to file. A share can be done twice, by a worker that was thought dead and by its
+successor: both write the same bytes to the same places.
 """
 
 from __future__ import annotations
@@ -15,47 +16,96 @@ from pathlib import Path
 from typing import Protocol
 
 from .. import __version__
+from ..distributed.assembled import Assembled
 from ..errors import InputError, LorabridgeError, UsageError
 from ..formats.ranges import PlacedSink
+from ..joined import Joined
 from ..tensors import Extent, Source
 from . import execute
-from .plan import Plan
-from .tasks import Task, cut
+from .accounts import Arithmetic
+from .execute import Outcome
+from .plan import canonical
+from .repository import open_input
+from .tasks import Task
 
 SMALLEST, LARGEST = 4 << 20, 256 << 20
 """Bytes of a share: enough to be worth a call, and little enough that a lost worker's share is soon made up for."""
 PER_SLOT = 8
 """Shares for each worker, so that slow machines do fewer."""
 
+Stamps = Mapping[str, tuple[int, int | str] | None]
+"""Size and mtime_ns of files by absolute path; None for one that is not there."""
 
-class Recipe(Protocol):
-    """How a source is opened and its plan made, the same in every process. Hashable, of plain values."""
 
-    def open(self) -> tuple[Plan, Source]:
-        """Open the source and plan; reads headers only."""
+class Opener(Protocol):
+    """How a source is opened, the same in every process. Hashable, of plain values."""
+
+    def open(self) -> Source:
+        """Open the source; reads headers only."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """What driver and workers must agree on: ``inputs`` covers every input file's path, size and mtime."""
+class InputOpener:
+    """What ``repository.open_input`` opens. Absolute paths."""
 
-    recipe: Recipe
+    path: Path
+    strategies: tuple[Path, ...] = ()
+    step: str | None = None
+
+    @classmethod
+    def of(cls, path: Path, strategies: Sequence[Path] = (), step: str | None = None) -> InputOpener:
+        """Make the paths such as other processes can open."""
+        return cls(path.absolute(), tuple(one.absolute() for one in strategies), step)
+
+    def open(self) -> Source:
+        """Open the source."""
+        return open_input(self.path, strategies=self.strategies, step=self.step).source
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedOpener:
+    """Several sources as one, see :class:`lorabridge.joined.Joined`."""
+
+    parts: tuple[tuple[str, InputOpener], ...]
+
+    def open(self) -> Source:
+        """Open every source."""
+        return Joined({prefix: opener.open() for prefix, opener in self.parts})
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What driver and workers must agree on. ``inputs``: a digest of every input file; ``source``: of its tensors."""
+
+    opener: Opener
     version: str
-    digest: str
     inputs: str
-    tasks: int
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Tasks [start, stop) of a plan, ``nbytes`` in all, and where the outputs they write lie in the staged files."""
+    """Neighbouring tasks, ``nbytes`` in all, and where the outputs they write lie in the staged files.
+
+    ``stamps``: of the files that the tasks copy from. ``digests``: the outputs' digests are wanted.
+    """
 
     terms: Terms
-    start: int
-    stop: int
+    tasks: tuple[Task, ...]
     nbytes: int
     places: Mapping[str, tuple[Extent, ...]]
+    stamps: Stamps
+    arithmetic: Arithmetic
+    digests: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A share that is on disk, and what its kernels noted."""
+
+    outcome: Outcome
+    arithmetic: Arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +123,30 @@ class Refused:
         return kind(self.problem, where=self.where, hint=self.hint)
 
 
-def terms_of(recipe: Recipe, plan: Plan, source: Source) -> tuple[Terms, list[Task]]:
-    """Return what must be agreed on about a run, and its tasks."""
-    extents = {name: source.extents(name) for step in plan.steps for name in step.reads}
-    tasks = cut(plan, extents, whole=False)
-    digest = hashlib.sha256()
-    for path, identity in sorted(execute.identities(source, extents).items()):
-        digest.update(f"{os.path.abspath(path)} {identity and identity[2:]}\n".encode(errors="surrogateescape"))
-    return Terms(recipe, __version__, plan.digest, digest.hexdigest(), len(tasks)), tasks
+def terms_of(opener: Opener, source: Source) -> Terms:
+    """Return what must be agreed on about a source."""
+    return Terms(opener, __version__, _digest(stamps_of(source)), _fingerprint(source))
+
+
+def stamps_of(source: Source) -> Stamps:
+    """Return the stamps of every file that a source reads tensors from."""
+    found = execute.identities(source, {name: source.extents(name) for name in source.specs})
+    return {path: stamp(path) for path in sorted(map(os.path.abspath, found))}
+
+
+def stamp(path: str) -> tuple[int, int] | None:
+    """Return size and mtime_ns of a file, None where it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def shares(
-    terms: Terms, tasks: Sequence[Task], places: Mapping[str, tuple[Extent, ...]], slots: int
-) -> Iterator[Share]:
+    terms: Terms, tasks: Sequence[Task], places: Mapping[str, tuple[Extent, ...]], slots: int, *,
+    stamps: Stamps, arithmetic: Arithmetic, digests: bool = False,
+) -> Iterator[Share]:  # fmt: skip
     """Cut tasks into runs of neighbours, which mostly write neighbouring bytes of one file."""
     sizes = [sum(piece.nbytes for piece in task.pieces) for task in tasks]
     target = min(max(sum(sizes) // (PER_SLOT * max(1, slots)), SMALLEST), LARGEST)
@@ -93,62 +154,99 @@ def shares(
     for stop, size in enumerate(sizes, 1):
         held += size
         if held >= target or stop == len(sizes):
-            outputs = {piece.output for task in tasks[start:stop] for piece in task.pieces}
-            yield Share(terms, start, stop, held, {name: places[name] for name in outputs})
+            mine = tuple(tasks[start:stop])
+            outputs = dict.fromkeys(piece.output for task in mine for piece in task.pieces)
+            files = {os.path.abspath(e.path) for task in mine for piece in task.pieces for e in piece.extents}
+            yield Share(
+                terms, mine, held, {name: places[name] for name in outputs}, {file: stamps[file] for file in files},
+                arithmetic.elsewhere(), digests,
+            )  # fmt: skip
             start, held = stop, 0
 
 
-def do(share: Share) -> int | Refused:
-    """Do a share in this process and return how many bytes it wrote; they are on disk then."""
+def do(share: Share) -> Done | Refused:
+    """Do a share in this process; what it wrote is on disk then."""
     try:
-        source, tasks = _OPENED.get(share.terms)
+        _check(share)
         sink = PlacedSink(share.places)
         try:
-            done = execute.perform(tasks[share.start : share.stop], source, sink, kernels=lambda name: {})
+            outcome = execute.perform(
+                share.tasks, _OPENED.reader(share.terms), sink, kernels=share.arithmetic.kernels, digests=share.digests
+            )
             sink.finish()
         finally:
             sink.close()
     except LorabridgeError as error:
         return Refused(error.code, error.problem, error.where, error.hint)
-    return done
+    return Done(outcome, share.arithmetic)
+
+
+def _check(share: Share) -> None:
+    """Refuse to work with another version than the driver's, or on other files than it sees."""
+    if share.terms.version != __version__:
+        raise UsageError(
+            f"machine {platform.node()} has lorabridge {__version__}, the driver has {share.terms.version}",
+            hint="install the same version on every machine of the cluster",
+        )
+    other = [path for path, held in share.stamps.items() if stamp(path) != held]
+    if other:
+        raise _another(other)
+
+
+def _another(where: Sequence[str]) -> InputError:
+    return InputError(
+        f"machine {platform.node()} sees another input than the driver",
+        where=where,
+        hint="read from a file system that every machine of the cluster mounts under the same path, and do not change "
+        "input files during a run",
+    )
 
 
 class _Opened:
-    """The source and tasks that this worker opened last: the shares of one run come one after another."""
+    """The source that this worker opened last: the shares of one run come one after another."""
 
     def __init__(self) -> None:
-        self._held: tuple[Terms, Source, list[Task]] | None = None
+        self._held: tuple[Terms, Source] | None = None
 
-    def get(self, terms: Terms) -> tuple[Source, list[Task]]:
+    def reader(self, terms: Terms) -> execute.Read:
+        """Return what reads from a source; it is opened when that is called first."""
+        return lambda name, rows: self._get(terms).read(name, rows)
+
+    def _get(self, terms: Terms) -> Source:
         if self._held is None or self._held[0] != terms:
             if self._held is not None:
                 self._held[1].close()
                 self._held = None
-            self._held = (terms, *_agreed(terms))
-        return self._held[1:]
+            self._held = terms, _agreed(terms)
+        return self._held[1]
 
 
 _OPENED = _Opened()
 
 
-def _agreed(terms: Terms) -> tuple[Source, list[Task]]:
+def _agreed(terms: Terms) -> Source:
     """Open what a run reads and make sure that it is what the driver sees."""
-    here = f"machine {platform.node()}"
-    if terms.version != __version__:
-        raise UsageError(
-            f"{here} has lorabridge {__version__}, the driver has {terms.version}",
-            hint="install the same version on every machine of the cluster",
-        )
-    plan, source = terms.recipe.open()
+    source = terms.opener.open()
     try:
-        mine, tasks = terms_of(terms.recipe, plan, source)
-        if mine != terms:
-            raise InputError(
-                f"{here} sees another input than the driver",
-                where=str(Path(source.path)),
-                hint="read from a file system that every machine of the cluster mounts under the same path",
-            )
+        if terms_of(terms.opener, source) != terms:
+            raise _another([str(source.path)])
     except BaseException:
         source.close()
         raise
-    return source, tasks
+    return source
+
+
+def _digest(stamps: Stamps) -> str:
+    return hashlib.sha256(repr(sorted(stamps.items())).encode(errors="surrogateescape")).hexdigest()
+
+
+def _fingerprint(source: Source) -> str:
+    """Return a digest of a source's tensors, and of how they are put together."""
+    digest = hashlib.sha256()
+    for name, spec in source.specs.items():
+        digest.update(f"{name!r} {spec.dtype} {spec.shape}\n".encode())
+    for part in source.sources if isinstance(source, Joined) else (source,):
+        if isinstance(part, Assembled):
+            for name, placed in part.arrangement.placed.items():
+                digest.update(f"{name!r} {canonical(placed.expr)}\n".encode())
+    return digest.hexdigest()
