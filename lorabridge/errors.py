@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 SHOWN = 10
 """How many of the collected places a message lists before it counts the rest."""
+
+
+_spoken: list[Callable[[str], str]] = []
+
+
+def speak_with(rewrite: Callable[[str], str]) -> None:
+    """Let every message from now on pass through ``rewrite``: files that stand for others are called by their names."""
+    if rewrite not in _spoken:
+        _spoken.append(rewrite)
+
+
+def _said(text: str) -> str:
+    for rewrite in _spoken:
+        text = rewrite(text)
+    return text
 
 
 def counted(number: int, noun: str) -> str:
@@ -24,9 +39,9 @@ class LorabridgeError(Exception):
     code = "internal"
 
     def __init__(self, problem: str, *, where: str | Iterable[str] = (), hint: str = "") -> None:
-        self.problem = problem
-        self.where: tuple[str, ...] = (where,) if isinstance(where, str) else tuple(where)
-        self.hint = hint
+        self.problem = _said(problem)
+        self.where: tuple[str, ...] = tuple(map(_said, (where,) if isinstance(where, str) else where))
+        self.hint = _said(hint)
         super().__init__(self.text())
 
     def text(self) -> str:

@@ -14,6 +14,8 @@ from ..conversion.forward import dialect_named
 from ..conversion.repository import Input, read_json
 from ..dialects.adapter import Adapter
 from ..errors import LorabridgeError, MappingError
+from ..files import placeholders
+from ..formats.untrusted import MAX_HEADER, read_small
 from ..joined import Joined
 from ..merging.identity import (
     BaseMark,
@@ -75,6 +77,8 @@ def check_bases(given: Opened, base: Adapter, options: MergeOptions) -> tuple[st
         theirs, problem = _mindformers(one, given)
         where += problem
         warnings += _other_class(one, given)
+        if placeholders.destination(given.base.path) is not None and _manifest_of(one.path) is not None:
+            warnings.append(f"{given.base.path}: MindFormers' fingerprint holds file times, which stores do not keep")
         if theirs:
             hints["MindFormers' fingerprint holds file times: a copy of the right base differs from it too"] = None
     if where and not options.any_base:
@@ -158,6 +162,8 @@ def _mindformers(one: Input, given: Opened) -> tuple[str, list[str]]:
     if not isinstance(recorded, str):
         return "", []
     base = given.base.path
+    if placeholders.destination(base) is not None:
+        return "", []
     found = mindformers_fingerprint(base)
     other = given.base.source.path if base.is_dir() else base.parent  # the file inside, the directory around
     if recorded in (found, mindformers_fingerprint(other)):
@@ -188,7 +194,7 @@ def mindformers_fingerprint(base: Path) -> str:
             path = Path(root) / name
             if name in WEIGHT_FILES:
                 digest.update(str(path.relative_to(base)).encode())
-                digest.update(path.read_bytes())
+                digest.update(read_small(path, MAX_HEADER)[0])
             elif name.endswith(".safetensors"):
                 _add_status(digest, path, str(path.relative_to(base)))
     return digest.hexdigest()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..conversion.repository import Input
+from ..formats.untrusted import read_small
 
 CARRIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -25,10 +26,16 @@ def carried_files(base: Input, adapters: Sequence[Path], directory: bool) -> tup
     beside = [path for path in base.companions if path.is_file()]
     if not directory:
         return {}, beside
-    found = {path.name: path for path in beside if path.name in CARRIED and path.stat().st_size <= LARGEST}
+    found = {path.name: (path, data) for path in beside if path.name in CARRIED and (data := _bytes(path)) is not None}
     stay = [path for path in beside if path.name not in found]
     for folder in adapters:
         for name in CARRIED if folder.is_dir() else ():
-            if name not in found and (folder / name).is_file() and (folder / name).stat().st_size <= LARGEST:
-                found[name] = folder / name
-    return {path: path.read_bytes() for path in found.values()}, stay
+            path = folder / name
+            if name not in found and path.is_file() and (data := _bytes(path)) is not None:
+                found[name] = path, data
+    return dict(found.values()), stay
+
+
+def _bytes(path: Path) -> bytes | None:
+    data, size = read_small(path, LARGEST)
+    return data if size <= LARGEST else None

@@ -23,7 +23,8 @@ from ..dialects.diffusers_write import METADATA
 from ..dialects.mindformers_config import config_files
 from ..distributed.assembled import Assembled
 from ..errors import MappingError, OutputError
-from ..files.fsio import Staging, require_space
+from ..files.fsio import require_space
+from ..files.uploading import staged
 from ..formats.encrypted import Encryption
 from ..tensors import marks
 from . import compress, returning
@@ -252,7 +253,7 @@ def run(
     require_space(output.target.parent, job.plan.nbytes + (job.plan.nbytes >> 6))
     keys = {name: wayback.residue_key(expr) for name, expr in _named(job.plan)} if job.residues else {}
     opener = InputOpener.of(given.path, options.strategies, options.step)
-    with Staging(
+    with staged(
         output.target,
         digest=_identity(given, job.plan, sealed),
         overwrite=options.overwrite,

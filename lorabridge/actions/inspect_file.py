@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
+from io import BufferedReader
 from pathlib import Path
 
 from .. import __version__
 from ..errors import OutputError, UsageError
-from ..files.fsio import Staging
+from ..files.placeholders import spoken
+from ..files.uploading import staged
+from ..formats.untrusted import open_regular
 from ..reports.inspect_html import MARK, page
 from .inspect_report import InspectReport
 
@@ -35,7 +38,7 @@ def check_path(path: Path) -> None:
 def _is_page(path: Path) -> bool:
     if not path.is_file():
         return False
-    with path.open("rb") as file:
+    with BufferedReader(open_regular(path)) as file:
         return MARK.encode() in file.read(HEAD)
 
 
@@ -43,8 +46,8 @@ def write_page(report: InspectReport, path: Path) -> None:
     """Write a page, all of it or nothing; an earlier one of the same name is replaced. Errors as in check_path."""
     check_path(path)
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    data = page(report, foot=f"lorabridge {__version__} · {when}").encode("utf-8", "replace")
-    with Staging(path, digest=hashlib.sha256(data).hexdigest(), overwrite=True, directory=False) as staging:
+    data = spoken(page(report, foot=f"lorabridge {__version__} · {when}")).encode("utf-8", "replace")
+    with staged(path, digest=hashlib.sha256(data).hexdigest(), overwrite=True, directory=False) as staging:
         file = staging.create(path.name)
         file.write(0, data)
         file.close()

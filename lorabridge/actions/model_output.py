@@ -17,7 +17,8 @@ from ..conversion.forward import Forward, Settings, dialect_named, forward
 from ..conversion.repository import MODEL_CONFIG, Output, files_of, framework_of, plan_output, run_identity
 from ..dialects.adapter import Adapter, Content, Dialect, Facts, Json, Written
 from ..errors import MappingError, OutputError, UsageError
-from ..files.fsio import Staging, require_space
+from ..files.fsio import require_space
+from ..files.uploading import staged
 from ..merging.kernel import Merger
 from ..merging.planning import Merged
 from .inspect import family_candidates
@@ -151,7 +152,7 @@ def write(
     require_space(output.target.parent, model.plan.nbytes + (model.plan.nbytes >> 6))
     files = _beside(model)
     noted = notes or numerics.Notes()
-    with Staging(
+    with staged(
         output.target, digest=_identity(model), overwrite=options.overwrite, directory=output.directory
     ) as staging:
         sink = formats.make_sink(

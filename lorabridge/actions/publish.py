@@ -14,10 +14,11 @@ from ..conversion import execute, plan
 from ..conversion.forward import dialect_named
 from ..conversion.repository import ADAPTER_CONFIG, Output, framework_of, plan_output, run_identity
 from ..dialects import CONFIGURED
-from ..dialects.adapter import Adapter, Dialect, Facts, Json, LoraModule, Written
+from ..dialects.adapter import Adapter, Dialect, Fact, Facts, Json, LoraModule, Written
 from ..dtypes import DType
 from ..errors import OutputError, UsageError
-from ..files.fsio import Staging, require_space
+from ..files.fsio import require_space
+from ..files.uploading import staged
 from ..names import natural_key
 from ..tensors import Source
 
@@ -120,7 +121,8 @@ def pack(
     Tensors of ``source`` that the adapter does not read are no concern of the package: who computed it accounts for
     them. MappingError for what the dialect cannot express.
     """
-    written = target.dialect.write(adapter, Facts())
+    table = Fact("*", "table", origin.family or "identity")
+    written = target.dialect.write(adapter, Facts((table,)))
     rows = sorted(written.tensors, key=lambda row: natural_key(row[0]))
     outputs = [(n, cast(e, dtype) if dtype is not None and e.dtype.kind == "float" else e) for n, e in rows]
     used = {name for _, expr in outputs for name in reads(expr)}
@@ -167,7 +169,7 @@ def publish(
     sidecar = None if output.directory else manifest.sidecar(output.target).name
     require_space(output.target.parent, package.plan.nbytes + (package.plan.nbytes >> 6))
     notes = numerics.Notes()
-    with Staging(
+    with staged(
         output.target, digest=_identity(package, source, content), overwrite=target.overwrite,
         directory=output.directory,
     ) as staging:  # fmt: skip

@@ -7,18 +7,23 @@ import platform
 import time
 from collections.abc import Callable
 from importlib import metadata
+from io import BufferedReader
 from pathlib import Path
 
 from .. import __version__
 from ..conversion.repository import ADAPTER_CONFIG, MODEL_CONFIG, open_input
 from ..errors import OutputError, UsageError
-from ..files.fsio import Staging
+from ..files.placeholders import spoken
+from ..files.uploading import staged
+from ..formats.untrusted import open_regular
 from ..manifest import sidecar
 from ..reports.html import MARK, Digests
 from .verify_report import VerifyReport
 
 SUFFIXES = (".html", ".htm", ".md", ".png")
 LIBRARIES = ("numpy", "torch", "transformers", "peft", "loralib", "mindspore")
+READ = 1 << 20
+"""Bytes per read where a whole file is hashed."""
 HEAD = 4096
 """Bytes in which a report's own mark stands."""
 
@@ -49,7 +54,7 @@ def check_path(path: Path) -> None:
 def _is_report(path: Path) -> bool:
     if not path.is_file():
         return False
-    with path.open("rb") as file:
+    with BufferedReader(open_regular(path)) as file:
         return MARK.encode() in file.read(HEAD)
 
 
@@ -60,7 +65,7 @@ def write_report(report: VerifyReport, path: Path) -> None:
     """
     check_path(path)
     data = render(report, path.suffix.lower())
-    with Staging(path, digest=hashlib.sha256(data).hexdigest(), overwrite=True, directory=False) as staging:
+    with staged(path, digest=hashlib.sha256(data).hexdigest(), overwrite=True, directory=False) as staging:
         file = staging.create(path.name)
         file.write(0, data)
         file.close()
@@ -78,7 +83,8 @@ def render(report: VerifyReport, suffix: str) -> bytes:
 
     spell: Callable[..., str] = markdown if suffix == ".md" else page
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    return spell(report, digests=digests(report), versions=versions(report), when=when).encode("utf-8", "replace")
+    text = spell(report, digests=digests(report), versions=versions(report), when=when)
+    return spoken(text).encode("utf-8", "replace")
 
 
 def digests(report: VerifyReport) -> Digests:
@@ -100,7 +106,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with BufferedReader(open_regular(path), READ) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

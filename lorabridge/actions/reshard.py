@@ -17,12 +17,13 @@ from ..conversion.repository import Input, files_of, open_input, run_identity
 from ..conversion.shares import InputOpener
 from ..distributed.assembled import Assembled
 from ..distributed.dcpsink import DcpSink, chunks
-from ..distributed.layout import Layout, slice_of
+from ..distributed.layout import Layout, slices_of
 from ..distributed.parallel import Sizes, strategies
 from ..distributed.ranksink import RanksSink
 from ..distributed.strategy import folded, read_strategy, write_strategy
 from ..errors import MappingError, OutputError, UsageError, counted
-from ..files.fsio import Staging, require_space
+from ..files.fsio import require_space
+from ..files.uploading import staged
 from ..formats.shardsink import split
 from ..formats.untrusted import shown
 from ..tensors import Sink, TensorSpec
@@ -194,13 +195,15 @@ def _cut(specs: Mapping[str, TensorSpec], stages: Stages) -> tuple[list[tuple[st
     devices = next(layout.devices for layouts in stages.values() for layout in layouts.values())
     outputs: list[tuple[str, Expr]] = []
     for number, stage in enumerate(sorted(stages)):
+        held: dict[str, Sequence[Expr]] = {}
+        for name, spec in specs.items():
+            if name in stages[stage]:
+                held[name] = slices_of(read(spec), stages[stage][name])
+            elif name not in listed:
+                held[name] = (read(spec),) * devices
         for rank in range(devices):
             folder = f"rank_{number * devices + rank}"
-            for name, spec in specs.items():
-                if name in stages[stage]:
-                    outputs.append((f"{folder}/{name}", slice_of(read(spec), stages[stage][name], rank)))
-                elif name in whole:
-                    outputs.append((f"{folder}/{name}", read(spec)))
+            outputs += ((f"{folder}/{name}", exprs[rank]) for name, exprs in held.items())
     return outputs, whole
 
 
@@ -215,7 +218,7 @@ def _write(
     format = "dcp" if options.dcp else _format(given, options)
     suffix = ".ckpt" if format == "mindspore" else ".safetensors"
     known: Mapping[str, object] = {"flavour": "ms"} if format == "safetensors" else {}
-    with Staging(
+    with staged(
         target.absolute(), digest=_identity(given, planned, format), overwrite=options.overwrite, directory=True
     ) as staging:
         sink: Sink = DcpSink(staging.create)

@@ -16,7 +16,8 @@ from ..conversion.repository import Framework, Input, files_of, plan_output, run
 from ..conversion.shares import InputOpener
 from ..distributed.assembled import Assembled
 from ..errors import OutputError, UsageError
-from ..files.fsio import Staging, require_space
+from ..files.fsio import require_space
+from ..files.uploading import staged
 from ..tensors import Source
 from .convert_report import ConvertReport
 
@@ -73,7 +74,7 @@ def write_whole(
         require_space(output.target.parent, planned.nbytes + (planned.nbytes >> 6))
         said = f"{output.format} {options.max_shard_size} {options.crc}"
         digest = run_identity([planned.digest, said], files_of(given.source))
-        with Staging(
+        with staged(
             output.target.absolute(), digest=digest, overwrite=options.overwrite, directory=output.directory
         ) as staging:
             sink = formats.make_sink(

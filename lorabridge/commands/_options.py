@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import click
 
-from ._values import FACTS, facts
+from ._values import FACTS, LOCATION, facts
 
 if TYPE_CHECKING:
     from ..dialects.adapter import Facts
@@ -170,7 +170,7 @@ def key_option(command: F) -> F:
             context.with_resource(keys.using(keys.read_key(value)))
 
     return click.option(
-        "--key-file", metavar="FILE", type=click.Path(path_type=Path), expose_value=False, callback=use,
+        "--key-file", metavar="FILE", type=LOCATION, expose_value=False, callback=use,
         envvar="LORABRIDGE_KEY_FILE",
         help="Key of encrypted checkpoints; or set LORABRIDGE_KEY.",
     )(command)  # fmt: skip
@@ -182,6 +182,6 @@ def mappings_option(command: F) -> F:
         "--mappings",
         envvar="LORABRIDGE_MAPPINGS",
         metavar="DIR",
-        type=click.Path(path_type=Path),
+        type=LOCATION,
         help="Directory with family tables of your own.",
     )(command)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
+from ..files.placeholders import spoken
 from ..reports import plain
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def write(stream: TextIO | None, text: str, *, label: str = "", code: str = "") 
     if stream is None:
         return
     encoding = (getattr(stream, "encoding", None) or "ascii").lower().replace("-", "")
-    text = plain.escape(text, keep="\n")
+    text = plain.escape(spoken(text), keep="\n")
     if not encoding.startswith("utf"):
         text = text.translate(_ASCII)
     if label and code and colours(stream):
@@ -109,4 +110,4 @@ def print_document(command: str, content: Mapping[str, object]) -> None:
     name = command.replace(" ", "-") or "error"
     text = plain.json_text({"schema": f"lorabridge/{name}/1", **content})
     if sys.stdout is not None:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(spoken(text) + "\n")

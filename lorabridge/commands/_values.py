@@ -27,6 +27,22 @@ UNITS = {
 YES, NO = ("yes", "true", "t", "1", "on"), ("no", "false", "f", "0", "off")
 
 
+class Location(click.Path):
+    """A path of this machine, or a name in a store such as ``s3://bucket/adapter``."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path; of a name in a store that of its placeholder."""
+        from ..files.placeholders import input_path
+
+        return input_path(super().convert(value, param, ctx))  # type: ignore[arg-type]  # click's own stubs
+
+
+LOCATION = Location()
+
+
 class Size(Bytes):
     """A number of bytes: ``5GB`` is 5 * 10**9, ``5GiB`` is 5 * 2**30."""
 

@@ -11,6 +11,7 @@ from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import output_options
 from ._terminal import Output
+from ._values import LOCATION
 
 if TYPE_CHECKING:
     from ..files.staging import StagingArea
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     )
 )
 @click.command("clean", cls=Command)
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=LOCATION)
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would be removed.")
 @output_options
 def clean(directory: Path, dry_run: bool, json: bool, quiet: bool, verbose: bool) -> None:

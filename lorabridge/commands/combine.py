@@ -11,7 +11,7 @@ from ._group import Command, Manual, documented
 from ._options import facts_for, mappings_option, output_options, progress_option, target_options
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import Name, dialects, facts, known_family, pairs, weights
+from ._values import LOCATION, Name, dialects, facts, known_family, pairs, weights
 
 METHODS = (
     "cat", "linear", "svd", "ties", "dare", "dare_linear", "dare_ties", "magnitude_prune", "ties_svd", "dare_svd",
@@ -41,7 +41,7 @@ METHODS = (
     )
 )
 @click.command("combine", cls=Command)
-@click.argument("sources", metavar="ADAPTER...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("sources", metavar="ADAPTER...", nargs=-1, required=True, type=LOCATION)
 @click.argument("target", metavar="OUT")
 @click.option("--method", type=click.Choice(METHODS), default="cat", show_default=True,
               help="cat: the exact sum, of the ranks together; svd: the sum at a lower rank; the others as peft's "

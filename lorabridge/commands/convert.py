@@ -27,6 +27,7 @@ from ._progress import Progress
 from ._terminal import Output, width
 from ._values import (
     FACTS,
+    LOCATION,
     Name,
     Naming,
     Size,
@@ -56,6 +57,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
     target_dialect: str | None
     dtype: str | None
     on_overflow: str
+    dequantize: bool
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     layers: str | None
@@ -77,7 +79,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
             "From and to": ("source_dialect", "target_dialect", "family", "config", "layout", "mappings"),
             "What the source does not say": tuple(FACTS),
             "Selection": ("include", "exclude", "layers", "adapter_only"),
-            "Numbers": ("dtype", "on_overflow", "compress"),
+            "Numbers": ("dtype", "on_overflow", "dequantize", "compress"),
             "Writing": ("max_shard_size", "crc", "workers", "dry_run", "overwrite"),
             "Encrypted checkpoints": ("key_file", "encrypt", "new_key_file"),
             "Machines": ("engine", "address"),
@@ -96,7 +98,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
     )
 )
 @click.command("convert", cls=Command)
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=LOCATION)
 @click.argument("target", metavar="DST")
 @click.option(
     "--from",
@@ -110,7 +112,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
               help="Dialect of DST; by default what DST's container calls for.")  # fmt: skip
 @click.option("--family", metavar="NAME", shell_complete=matching_families,
               help="Table of module names to go through; see `lorabridge tables list`.")  # fmt: skip
-@click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--config", metavar="FILE", type=LOCATION,
               help="adapter_config.json, the yaml of a MindFormers run, or the model's config.json, where it is not "
               "beside SRC.")  # fmt: skip
 @click.option("--layout", metavar="KEY=VALUE", multiple=True,
@@ -124,6 +126,9 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors: fp32, fp16, bf16 ...; rounds once.")
 @click.option("--on-overflow", type=click.Choice(["error", "saturate", "inf"]), default="error", show_default=True,
               help="What a cast does with values that are too large.")  # fmt: skip
+@click.option("--dequantize", is_flag=True,
+              help="Multiply float8 weights by the scales of their blocks (*_scale_inv): in float32, then bfloat16 or "
+              "--dtype. The way back is not to float8.")  # fmt: skip
 @click.option("--compress", metavar="[TOL|RANK]",
               help="Reduce ranks by SVD to a relative error or to a rank; alone, to 1e-6.")  # fmt: skip
 @click.option("--max-shard-size", metavar="SIZE", type=Size(), help="Split the output: 5GB, 500MiB ...")
@@ -131,7 +136,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
 @key_option
 @click.option("--encrypt", metavar="MODE", type=click.Choice(["aes-gcm", "aes-cbc", "sm4-cbc"]),
               help="Encrypt a .ckpt as MindSpore's enc_key does: aes-gcm, aes-cbc, sm4-cbc.")  # fmt: skip
-@click.option("--new-key-file", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--new-key-file", metavar="FILE", type=LOCATION,
               help="Key to encrypt with, where it is not that of --key-file.")  # fmt: skip
 @click.option("--workers", metavar="N", type=click.IntRange(min=0, max=256), default=0, envvar="LORABRIDGE_WORKERS",
               help="Threads; by default one per CPU, at most 8. The output does not depend on it.")  # fmt: skip
@@ -169,6 +174,7 @@ def options_of(given: Given) -> ConvertOptions:
         source_dialect=given["source_dialect"], target_dialect=given["target_dialect"], family=given["family"],
         config=given["config"], layout=pairs(given["layout"], "--layout"), mappings=given["mappings"],
         facts=stated(given), dtype=given["dtype"], on_overflow=given["on_overflow"],
+        dequantize=given["dequantize"],
         include=given["include"], exclude=given["exclude"], layers=given["layers"], compress=given["compress"],
         adapter_only=given["adapter_only"], max_shard_size=given["max_shard_size"], crc=given["crc"],
         encrypt=given["encrypt"], new_key_file=given["new_key_file"],

@@ -11,7 +11,7 @@ from ._group import Command, Manual, documented
 from ._options import facts_for, key_option, mappings_option, output_options, progress_option
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import Name, dialects, facts, known_family, pairs
+from ._values import LOCATION, Name, dialects, facts, known_family, pairs
 
 SHOWN = 20
 """Rows that are shown without -v."""
@@ -46,8 +46,8 @@ SHOWN = 20
     )
 )
 @click.command("diff", cls=Command)
-@click.argument("first", metavar="A", type=click.Path(path_type=Path))
-@click.argument("second", metavar="B", type=click.Path(path_type=Path))
+@click.argument("first", metavar="A", type=LOCATION)
+@click.argument("second", metavar="B", type=LOCATION)
 @click.option("--tolerance", metavar="SHARE", type=click.FloatRange(0, 1),
               help="Relative error (Frobenius norm) up to which a tensor or delta counts as the same.")  # fmt: skip
 @click.option("--include", metavar="GLOB", multiple=True, help="Compare only what matches. May be repeated.")
@@ -55,7 +55,7 @@ SHOWN = 20
 @click.option("--from", "source_dialect", type=Name("dialect", dialects), metavar="DIALECT", help="Dialect of A.")
 @click.option("--to", "target_dialect", type=Name("dialect", dialects), metavar="DIALECT", help="Dialect of B.")
 @click.option("--family", metavar="NAME", help="Table of module names, where frameworks differ.")
-@click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--config", metavar="FILE", type=LOCATION,
               help="adapter_config.json or config.json, where it is not beside the files.")  # fmt: skip
 @click.option("--layout", metavar="KEY=VALUE", multiple=True, help="A choice that the table asks for.")
 @mappings_option

@@ -11,7 +11,7 @@ from ._group import Command, Manual, documented
 from ._options import facts_for, mappings_option, output_options, progress_option, target_options
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import Name, dialects, facts, known_family, pairs
+from ._values import LOCATION, Name, dialects, facts, known_family, pairs
 
 
 @documented(
@@ -36,8 +36,8 @@ from ._values import Name, dialects, facts, known_family, pairs
     )
 )
 @click.command("extract", cls=Command)
-@click.argument("base", metavar="BASE", type=click.Path(path_type=Path))
-@click.argument("tuned", metavar="TUNED", type=click.Path(path_type=Path))
+@click.argument("base", metavar="BASE", type=LOCATION)
+@click.argument("tuned", metavar="TUNED", type=LOCATION)
 @click.argument("target", metavar="OUT")
 @click.option("--rank", metavar="R", type=click.IntRange(min=1), help="Rank of every module, at most.")
 @click.option("--energy", metavar="SHARE", type=click.FloatRange(0, 1, min_open=True),
@@ -53,7 +53,7 @@ from ._values import Name, dialects, facts, known_family, pairs
 @click.option("--to", "target_dialect", type=Name("dialect", dialects), metavar="DIALECT",
               help="Dialect of OUT; by default peft, or loralib-ms for MindSpore.")  # fmt: skip
 @click.option("--family", metavar="NAME", help="Table of module names, where frameworks differ.")
-@click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--config", metavar="FILE", type=LOCATION,
               help="The model's config.json, where it is not beside the models.")  # fmt: skip
 @click.option("--layout", metavar="KEY=VALUE", multiple=True, help="A choice that the table asks for.")
 @mappings_option

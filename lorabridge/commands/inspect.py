@@ -10,7 +10,7 @@ from ._group import Command, Manual, documented
 from ._options import key_option, mappings_option, output_options, progress_option
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import Name, dialects, facts
+from ._values import LOCATION, Name, dialects, facts
 
 
 @documented(
@@ -39,20 +39,20 @@ from ._values import Name, dialects, facts
     )
 )
 @click.command("inspect", cls=Command)
-@click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
+@click.argument("path", metavar="PATH", type=LOCATION)
 @click.option("--norms", is_flag=True, help="Read the factors; add norms of A, B and the delta, and find NaN.")
 @click.option("--module", metavar="PATH|GLOB", help="Print lora_A and lora_B: shape, dtype, statistics, first values.")
 @click.option("--tensors", is_flag=True, help="List every tensor and the container's metadata.")
 @click.option("--slices", metavar="NAME|GLOB", help="List which rank holds which slice of these tensors.")
 @click.option("--check-replicas", is_flag=True, help="Read every copy of a slice and say whether they agree.")
-@click.option("--strategy", "strategies", metavar="FILE", multiple=True, type=click.Path(path_type=Path),
+@click.option("--strategy", "strategies", metavar="FILE", multiple=True, type=LOCATION,
               help="MindSpore's strategy file, once per stage, or a directory of them.")  # fmt: skip
 @click.option("--step", metavar="EPOCH_STEP", help="Which checkpoint, where the ranks hold several: 2_1000.")
-@click.option("--html", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--html", metavar="FILE", type=LOCATION,
               help="Write the findings into FILE as well, with a picture of tensors over the ranks.")  # fmt: skip
 @click.option("--from", "source_dialect", type=Name("dialect", dialects), metavar="DIALECT",
               help="Read as this dialect, where detection is wrong or cannot decide.")  # fmt: skip
-@click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--config", metavar="FILE", type=LOCATION,
               help="adapter_config.json or the model's config.json, where it is not beside PATH.")  # fmt: skip
 @mappings_option
 @key_option

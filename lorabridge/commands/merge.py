@@ -25,7 +25,7 @@ from ._options import (
 )
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import FACTS, Name, Size, dialects, known_family, pairs, real
+from ._values import FACTS, LOCATION, Name, Size, dialects, known_family, pairs, real
 
 if TYPE_CHECKING:
     from ..actions.merge import MergeOptions
@@ -68,8 +68,8 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
     )
 )
 @click.command("merge", cls=Command)
-@click.argument("base", metavar="BASE", type=click.Path(path_type=Path))
-@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("base", metavar="BASE", type=LOCATION)
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=LOCATION)
 @click.argument("target", metavar="OUT")
 @click.option("--from", "adapter_dialect", type=Name("dialect", dialects), metavar="DIALECT",
               help="Dialect of the adapters, where detection is wrong or cannot decide.")  # fmt: skip
@@ -77,7 +77,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
               help="Names of OUT; by default the base's, or those that OUT's container calls for.")  # fmt: skip
 @click.option("--family", metavar="NAME",
               help="Table of module names, where base, adapter and OUT are not all of one framework.")  # fmt: skip
-@click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--config", metavar="FILE", type=LOCATION,
               help="The model's config.json or an adapter_config.json, where it is not beside its file.")  # fmt: skip
 @click.option("--layout", metavar="KEY=VALUE", multiple=True,
               help="A choice that a table asks for, such as qkv_concat=grouped. May be repeated.")  # fmt: skip
@@ -91,7 +91,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
 @click.option("--onto-merged", is_flag=True, help="Merge another adapter into a model that was merged before.")
 @click.option("--any-base", is_flag=True,
               help="Go on where the adapter records another base: the result may be worth nothing.")  # fmt: skip
-@click.option("--undo", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--undo", metavar="FILE", type=LOCATION,
               help="Write what rounding loses, so that `lorabridge unmerge` gives BASE's bits back.")  # fmt: skip
 @click.option("--max-shard-size", metavar="SIZE", type=Size(), help="Split OUT: 5GB ...; by default as BASE is split.")
 @click.option("--crc", is_flag=True, help="Write MindSpore's CRC trailer into a .ckpt.")

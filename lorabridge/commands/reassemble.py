@@ -11,7 +11,7 @@ import click
 from ._group import Command, Manual, documented
 from ._progress import Progress
 from ._terminal import Output
-from ._values import known_family
+from ._values import LOCATION, known_family
 from .convert import Given as ConvertGiven
 from .convert import convert, options_of, show
 
@@ -42,7 +42,7 @@ class Given(ConvertGiven):
     )
 )
 @click.command("reassemble", cls=Command, params=list(convert.params))
-@click.option("--strategy", "strategies", metavar="FILE", multiple=True, type=click.Path(path_type=Path),
+@click.option("--strategy", "strategies", metavar="FILE", multiple=True, type=LOCATION,
               help="MindSpore's strategy file, once per stage, or a directory of them; by default strategy/ in or "
               "beside SRC.")  # fmt: skip
 @click.option("--step", metavar="EPOCH_STEP", help="Which checkpoint, where the ranks hold several: 2_1000.")

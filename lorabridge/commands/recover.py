@@ -11,7 +11,7 @@ from ._group import Command, Manual, documented
 from ._options import facts_for, mappings_option, output_options, progress_option
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import facts, known_family, pairs
+from ._values import LOCATION, facts, known_family, pairs
 
 SHOWN = 12
 """Modules that are shown without -v."""
@@ -35,10 +35,10 @@ SHOWN = 12
     )
 )
 @click.command("recover", cls=Command)
-@click.argument("base", metavar="BASE", type=click.Path(path_type=Path))
-@click.argument("merged", metavar="MERGED", type=click.Path(path_type=Path))
-@click.argument("adapter", metavar="ADAPTER", type=click.Path(path_type=Path))
-@click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
+@click.argument("base", metavar="BASE", type=LOCATION)
+@click.argument("merged", metavar="MERGED", type=LOCATION)
+@click.argument("adapter", metavar="ADAPTER", type=LOCATION)
+@click.option("--config", metavar="FILE", type=LOCATION,
               help="adapter_config.json, where it is not beside ADAPTER.")  # fmt: skip
 @click.option("--family", metavar="NAME", help="Table of module names, where frameworks differ.")
 @click.option("--layout", metavar="KEY=VALUE", multiple=True, help="A choice that the table asks for.")

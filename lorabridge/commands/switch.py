@@ -14,7 +14,7 @@ from ._group import Command, Manual, documented
 from ._options import fact_options, mappings_option, output_options, progress_option, target_options
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import FACTS
+from ._values import FACTS, LOCATION
 from .unmerge import (
     NAMES,
     WRITING,
@@ -61,15 +61,15 @@ if TYPE_CHECKING:
     )
 )
 @click.command("switch", cls=Command)
-@click.argument("merged_model", metavar="MERGED", type=click.Path(path_type=Path))
+@click.argument("merged_model", metavar="MERGED", type=LOCATION)
 @click.argument("target", metavar="OUT")
-@click.option("--from", "old", metavar="A", multiple=True, required=True, type=click.Path(path_type=Path),
+@click.option("--from", "old", metavar="A", multiple=True, required=True, type=LOCATION,
               help="The adapter that was merged; several in their order.")  # fmt: skip
-@click.option("--to", "new", metavar="B", multiple=True, required=True, type=click.Path(path_type=Path),
+@click.option("--to", "new", metavar="B", multiple=True, required=True, type=LOCATION,
               help="The adapter to merge in its place; may be repeated.")  # fmt: skip
-@click.option("--undo", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--undo", metavar="FILE", type=LOCATION,
               help="What `merge --undo FILE` wrote for A; without it the result is only near.")  # fmt: skip
-@click.option("--undo-out", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--undo-out", metavar="FILE", type=LOCATION,
               help="Write the undo file of B.")  # fmt: skip
 @click.option("--weights", metavar="W,W...", help="Multiply each B's deltas by a number.")
 @click.option("--exact", is_flag=True, help="Compute deltas to 48 bits for bfloat16 too; other types get them anyway.")

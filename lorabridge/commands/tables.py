@@ -12,7 +12,7 @@ from ..reports import plain
 from ._group import Command, Group, Manual, documented
 from ._options import mappings_option, output_options
 from ._terminal import Output, width
-from ._values import known_family, matching_families
+from ._values import LOCATION, known_family, matching_families
 
 if TYPE_CHECKING:
     from ..actions.tables import Row, TableContent
@@ -104,7 +104,7 @@ def show(family: str, mappings: Path | None, json: bool, quiet: bool, verbose: b
     )
 )
 @tables.command("check", cls=Command)
-@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("file", metavar="FILE", type=LOCATION)
 @output_options
 @click.pass_context
 def check(ctx: click.Context, file: Path, json: bool, quiet: bool, verbose: bool) -> None:
@@ -145,9 +145,9 @@ def check(ctx: click.Context, file: Path, json: bool, quiet: bool, verbose: bool
     )
 )
 @tables.command("infer", cls=Command)
-@click.argument("hf", metavar="HF", type=click.Path(path_type=Path))
-@click.argument("ms", metavar="MS", type=click.Path(path_type=Path))
-@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the table here.")
+@click.argument("hf", metavar="HF", type=LOCATION)
+@click.argument("ms", metavar="MS", type=LOCATION)
+@click.option("-o", "--output", metavar="FILE", type=LOCATION, help="Write the table here.")
 @click.option("--family", metavar="NAME", default="mine", show_default=True, help="What the table's family is called.")
 @output_options
 @click.pass_context

@@ -26,7 +26,7 @@ from ._options import (
 )
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import FACTS, Name, Size, dialects, known_family, pairs
+from ._values import FACTS, LOCATION, Name, Size, dialects, known_family, pairs
 
 if TYPE_CHECKING:
     from ..actions.merge_inputs import MergeOptions
@@ -57,7 +57,7 @@ def names_options(dialect: str, side: str) -> Callable[[F], F]:
                          help="Names of OUT; by default the base's, or what OUT's container calls for."),
             click.option("--family", metavar="NAME",
                          help="Table of module names, where the files are not all of one framework."),
-            click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
+            click.option("--config", metavar="FILE", type=LOCATION,
                          help="The model's config.json or an adapter_config.json, where it is not beside its file."),
             click.option("--layout", metavar="KEY=VALUE", multiple=True,
                          help="A choice that a table asks for, such as qkv_concat=grouped. May be repeated."),
@@ -101,11 +101,11 @@ def writing_options(command: F) -> F:
     )
 )
 @click.command("unmerge", cls=Command)
-@click.argument("merged_model", metavar="MERGED", type=click.Path(path_type=Path))
+@click.argument("merged_model", metavar="MERGED", type=LOCATION)
 @click.argument("target", metavar="OUT")
-@click.option("--adapter", "adapters", metavar="A", multiple=True, required=True, type=click.Path(path_type=Path),
+@click.option("--adapter", "adapters", metavar="A", multiple=True, required=True, type=LOCATION,
               help="The adapter that was merged; several in their order.")  # fmt: skip
-@click.option("--undo", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--undo", metavar="FILE", type=LOCATION,
               help="What `merge --undo FILE` wrote; without it the result is only near to the base.")  # fmt: skip
 @click.option("--weights", metavar="W,W...", help="What each adapter's deltas were multiplied by; FILE knows it.")
 @click.option("--exact", is_flag=True, help="The merge was told --exact; FILE knows it.")

@@ -23,7 +23,7 @@ from ._options import (
 )
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import FACTS, Name, dialects, is_fact, known_family, matching_families, pairs
+from ._values import FACTS, LOCATION, Name, dialects, is_fact, known_family, matching_families, pairs
 
 if TYPE_CHECKING:
     from ..actions.verify_inputs import VerifyOptions
@@ -67,9 +67,9 @@ class Given(NamedGiven, StatedGiven, ShownGiven):
     )
 )
 @click.command("verify", cls=Command)
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--base", metavar="BASE", type=click.Path(path_type=Path),
+@click.argument("source", metavar="SRC", type=LOCATION)
+@click.argument("target", metavar="DST", type=LOCATION)
+@click.option("--base", metavar="BASE", type=LOCATION,
               help="The model without the adapter, in either framework's names. Without it frozen weights are random; "
               "an adapter and a merged model need it.")  # fmt: skip
 @click.option("--depth", type=click.Choice(["tensors", "layers", "model"]), multiple=True,
@@ -84,14 +84,14 @@ class Given(NamedGiven, StatedGiven, ShownGiven):
               help="Dialect of DST, where detection is wrong or cannot decide.")  # fmt: skip
 @click.option("--family", metavar="NAME", shell_complete=matching_families,
               help="Table of module names between the two; by default a manifest's, or the one that fits.")  # fmt: skip
-@click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--config", metavar="FILE", type=LOCATION,
               help="adapter_config.json of SRC or the model's config.json, where it is not beside SRC.")  # fmt: skip
 @click.option("--layout", metavar="KEY=VALUE", multiple=True,
               help="A choice that a table asks for, such as qkv=grouped. May be repeated.")  # fmt: skip
 @mappings_option
 @key_option
 @fact_options
-@click.option("--report", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--report", metavar="FILE", type=LOCATION,
               help="Write the findings into FILE.html, FILE.md or FILE.png as well.")  # fmt: skip
 @output_options
 @progress_option

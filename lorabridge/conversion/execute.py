@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, cast
 from ..axes import Kernel, computes
 from ..distributed.assembled import Assembled
 from ..errors import InputError
+from ..files import placeholders
+from ..formats.untrusted import open_regular, pread_into
 from ..joined import Joined
 from ..tensors import Extent, Sink, Source
 from .plan import Plan
@@ -41,7 +43,7 @@ Kernels = Callable[[str], Mapping[str, Kernel]]
 Read = Callable[[str, "tuple[int, int] | None"], "Bits"]
 """See :meth:`lorabridge.tensors.Source.read`."""
 Progress = Callable[[int, int], None]
-Identity = tuple[int, int, int, int] | None
+Identity = tuple[int | str, int | str, int, int | str] | None
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,18 @@ def check_unchanged(before: Mapping[Path, Identity]) -> None:
 
 
 def default_workers() -> int:
-    """Return how many threads to use where nothing says: one per CPU of this process, at most eight."""
-    return min(8, len(os.sched_getaffinity(0)))
+    """Return how many threads to use where nothing says: one per CPU of this process, at most eight.
+
+    Where a store takes part there are eight, since a request waits longer than it works.
+    """
+    return placeholders.WORKERS if placeholders.any_placed() else min(8, len(os.sched_getaffinity(0)))
 
 
 def _identity(path: Path) -> Identity:
+    remote = placeholders.found(path)
+    if remote is not None:
+        now = remote.store.object(remote.key)
+        return now.identity if now is not None else None
     try:
         status = os.stat(path)
     except OSError:
@@ -125,11 +134,15 @@ def _identity(path: Path) -> Identity:
 
 
 def identities(source: Source, extents: Mapping[str, tuple[Extent, ...]]) -> dict[Path, Identity]:
-    """Return what tells each input file from another or changed one: device, inode, size, mtime_ns; None if absent."""
+    """Return what tells each input file from another or changed one: device, inode, size, mtime_ns; None if absent.
+
+    Of an object in a store: protocol, key, size and version, as it was listed when the source was opened.
+    """
     paths = {extent.path for ranges in extents.values() for extent in ranges}
     for part in source.sources if isinstance(source, Joined) else (source,):
         paths |= part.pieces.files if isinstance(part, Assembled) else {part.path} if part.path.is_file() else set()
-    return {path: _identity(path) for path in paths}
+    listed = {path: placeholders.found(path) for path in paths}
+    return {path: remote.identity if remote is not None else _identity(path) for path, remote in listed.items()}
 
 
 class _Gate:
@@ -289,13 +302,9 @@ def _read(extent: Extent) -> Bits:
     import numpy as np
 
     block = np.empty(extent.length, np.uint8)
-    view, done = memoryview(cast("Buffer", block)), 0
-    with open(extent.path, "rb", buffering=0) as file:
-        file.seek(extent.offset)
-        while done < extent.length:
-            count = file.readinto(view[done:])
-            if not count:
-                problem = f"the file ends {extent.length - done:,} bytes earlier than its header promises"
-                raise InputError(problem, where=str(extent.path), hint="do not change input files during a run")
-            done += count
+    with open_regular(extent.path) as file:
+        done = pread_into(file, memoryview(cast("Buffer", block)), extent.offset)
+    if done < extent.length:
+        problem = f"the file ends {extent.length - done:,} bytes earlier than its header promises"
+        raise InputError(problem, where=str(extent.path), hint="do not change input files during a run")
     return block

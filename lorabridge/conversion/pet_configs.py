@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..dialects.mindformers_config import pet_section
 from ..errors import InputError, UsageError
-from ..formats.untrusted import shown
+from ..formats.untrusted import read_small, shown
 
 if TYPE_CHECKING:
     from ..dialects.adapter import Json, Value
@@ -32,7 +32,7 @@ def beside(folders: Sequence[Path]) -> Path | None:
 def yaml_beside(folder: Path) -> Path | None:
     """Return the one yaml of a directory that has a ``pet_config`` or ``lora_config``; UsageError where several do."""
     texts = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in YAML and path.is_file()]
-    found = [path for path in texts if path.stat().st_size <= MAX_BYTES and _mentions(path)]
+    found = [path for path in texts if _mentions(path)]
     if len(found) > 1:
         raise UsageError(
             "several yaml files describe an adapter",
@@ -43,7 +43,7 @@ def yaml_beside(folder: Path) -> Path | None:
 
 
 def _mentions(path: Path) -> bool:
-    text = path.read_text("utf-8", errors="replace")
+    text = read_small(path, MAX_BYTES)[0].decode("utf-8", errors="replace")
     return any(line.lstrip().startswith(("pet_config:", "lora_config:")) for line in text.splitlines())
 
 
@@ -61,12 +61,11 @@ def read_yaml(path: Path) -> Json:
             where=shown(str(path)),
             hint="pip install 'lorabridge[yaml]', or give rank and alpha with --rank and --alpha",
         ) from error
+    data, size = read_small(path, MAX_BYTES)
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if size > MAX_BYTES:
             raise ValueError(f"over {MAX_BYTES >> 20} MiB")
-        raw = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the config: {error.strerror}", where=str(path), hint="check the path") from error
+        raw = yaml.safe_load(data.decode("utf-8"))
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"config is not valid yaml: {told}", where=shown(str(path)), hint="repair the file") from error

@@ -14,6 +14,9 @@ from ..dialects.adapter import Content, Facts, Json
 from ..dialects.mindformers_config import pet_section
 from ..distributed.assembled import Assembled
 from ..errors import InputError, UsageError
+from ..files import placeholders
+from ..files.placeholders import input_path, is_marker, output_path
+from ..formats.untrusted import read_small
 from ..tensors import Source
 from . import pet_configs, read_facts, single_device
 
@@ -73,9 +76,9 @@ def open_input(
     directories that several ranks wrote, which are read as one checkpoint (see ``lorabridge.distributed``).
     Raises InputError for anything malformed, with the file.
     """
-    path = Path(path)
     if "\0" in str(path):
         raise InputError("a path cannot hold a zero byte", where=repr(str(path)), hint="check the path")
+    path = input_path(path)
     source = _open_weights(path, strategies, step)
     try:
         found, stated = manifest.find(path, source.metadata)
@@ -97,7 +100,8 @@ def open_input(
                 model_config = given
         known = {*pet_configs.NAMES, pet_configs.SERVED, MODEL_CONFIG, "lorabridge.json", *_own_files(source)}
         known.add(Path(config_from).name)
-        extra = tuple(sorted(p for p in _home(source).iterdir() if p.name not in known)) if path.is_dir() else ()
+        beside = sorted(_home(source).iterdir()) if path.is_dir() else []
+        extra = tuple(p for p in beside if p.name not in known and not is_marker(p))
         return Input(path, source, adapter_config, model_config, config_from, found, stated, extra)
     except BaseException:
         source.close()
@@ -161,9 +165,16 @@ def run_identity(said: Iterable[str], files: Iterable[Path]) -> str:
     for text in said:
         digest.update(f"{text}\n".encode())
     for path in sorted(set(files)):
-        status = path.stat()
-        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(f"{_told(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _told(path: Path) -> str:
+    remote = placeholders.found(path)
+    if remote is not None:
+        return f"{remote.url} {remote.size} {remote.version}"
+    status = path.stat()
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
 def _described(path: Path, source: Source) -> tuple[Json | None, str]:
@@ -194,12 +205,11 @@ def read_json(path: Path) -> Json:
     def constant(text: str) -> object:
         raise ValueError(f"{text} is not JSON")
 
+    data, size = read_small(path, MAX_CONFIG_BYTES)
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
+        if size > MAX_CONFIG_BYTES:
             raise ValueError(f"over {MAX_CONFIG_BYTES >> 20} MiB")
-        raw = json.loads(path.read_text("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except OSError as error:
-        raise InputError(f"cannot read the config: {error.strerror}", where=str(path), hint="check the path") from error
+        raw = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"config is not valid JSON: {error}", where=str(path), hint="repair the file") from error
     if not isinstance(raw, Mapping):
@@ -224,6 +234,7 @@ def plan_output(target: Path | str, *, framework: Framework, adapter: bool, dial
     slash is a directory, which gets safetensors for PyTorch and .ckpt for MindSpore, or what the dialect's loader
     looks for there. Raises UsageError for an unknown suffix.
     """
+    target = output_path(target)
     path = Path(target)
     text = str(target)
     if "\0" in text:

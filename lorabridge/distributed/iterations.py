@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import InputError, counted
-from ..formats.untrusted import MAX_HEADER, parse_json, read_small, shown
+from ..formats.untrusted import MAX_HEADER, parse_json, read_small, read_word, shown
 from .assembled import Arrangement, Assembled, Copy, Files, Placed
 from .grid import Box
 from .layout import Layout, assemble
@@ -44,7 +44,7 @@ def iteration_directory(path: Path, step: str | None = None) -> Path | None:
     if any(path.glob("iter_*")) and not any(path.glob("iteration_*")):
         return None  # Megatron's, which has a file of the same name
     if step is None and latest.is_file():
-        step = latest.read_text("utf-8", errors="replace")[:32].strip()
+        step = read_word(latest)
     elif not any(p.name.startswith("iteration_") for p in path.glob("iteration_*")):
         return None
     numbered = {int(p.name.removeprefix("iteration_")): p for p in path.glob("iteration_*") if _is_iteration(p)}

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
 from ..errors import InputError, OutputError, StorageError
+from . import placeholders
 from .staging import ASIDE, Area, Header, StagingArea, find_staging, remove_staging, staging_path, try_lock
 from .syscalls import (
     DIRECTORY,
@@ -40,9 +41,12 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from ..tensors import Bits
+    from .stores import Remote
 
 __all__ = ["OutFile", "Staging", "StagingArea", "find_staging", "remove_staging", "require_space"]
 
+REMOTE_BLOCK = 8 << 20
+"""Bytes of one request where an object of a store is copied."""
 _OPEN_INPUTS = 32
 _EXISTS = "the output exists already"
 
@@ -55,6 +59,9 @@ class _Inputs:
         self._lock = threading.Lock()
 
     def copy(self, source: Path, start: int, target: int, offset: int, length: int) -> None:
+        remote = placeholders.readable(source)
+        if remote is not None:
+            return _copy_remote(remote, start, target, offset, length)
         with self._lock:
             fd = self._fds.get(source)
             kept = fd is not None or len(self._fds) < _OPEN_INPUTS
@@ -71,6 +78,18 @@ class _Inputs:
     def close(self) -> None:
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+
+def _copy_remote(remote: Remote, start: int, target: int, offset: int, length: int) -> None:
+    """Copy a range of an object into a file; an InputError when the object ends early."""
+    block = memoryview(bytearray(min(length, REMOTE_BLOCK)))
+    while length:
+        done = remote.read_into(block[:length], start)
+        if done == 0:
+            problem = f"the object ends at byte {start:,}, {length:,} bytes earlier than its header promises"
+            raise InputError(problem, where=remote.url, hint="do not change input files during a run")
+        write_all(target, block[:done], offset)
+        start, offset, length = start + done, offset + done, length - done
 
 
 def _open_input(path: Path) -> int:
@@ -247,10 +266,14 @@ class Staging:
             if lookup(self._out, name) is not None:
                 calls.unlink(name, dir_fd=self._out)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            done = partial(area.record, name)
+            done = partial(self._finished, area, name)
             file = OutFile(path, calls.open(name, flags, 0o666, dir_fd=self._out), self._inputs, done)
         self._files[name] = file
         return file
+
+    def _finished(self, area: Area, name: str, status: os.stat_result) -> None:
+        """Note that a file is closed and on disk."""
+        area.record(name, status)
 
     def drop(self, name: str) -> None:
         """Take an old companion away when the new output, which has none of that name, is published."""
@@ -381,7 +404,12 @@ def _wait_for_turn(parent: int) -> None:
 
 
 def require_space(path: Path, nbytes: int) -> None:
-    """Raise a StorageError when the file system that holds ``path`` (or will) has fewer than ``nbytes`` free."""
+    """Raise a StorageError when the file system that holds ``path`` (or will) has fewer than ``nbytes`` free.
+
+    Of what goes to a store only the files that are being written take space here; how many these are is not known.
+    """
+    if placeholders.destination(path / "any") is not None:
+        return
     place = path
     while not place.is_dir() and place != place.parent:
         place = place.parent

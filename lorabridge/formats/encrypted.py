@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..errors import InputError, UsageError
 from .keys import Key
-from .untrusted import open_regular, pread_into, shown
+from .untrusted import open_regular, pread_into, shown, size_of, stamp_of
 
 if TYPE_CHECKING:
     import io
@@ -210,10 +210,9 @@ class DecryptedFile:
 
         return max(0, bisect.bisect_right(self._frames, offset, key=lambda frame: frame.start) - 1)
 
-    def stamp(self) -> tuple[int, int]:
+    def stamp(self) -> tuple[int, int | str]:
         """Return what changes when the file does: its size and time."""
-        info = os.fstat(self._file.fileno())
-        return info.st_size, info.st_mtime_ns
+        return stamp_of(self._file)
 
     def close(self) -> None:
         """Forget the plaintext and close the file."""
@@ -230,7 +229,7 @@ def _exactly(file: io.FileIO, path: Path, offset: int, length: int) -> bytes:
 
 def _frames(file: io.FileIO, path: Path) -> tuple[str, list[_Frame]]:
     """Walk over the blocks' headers; the plaintext's places are not known yet."""
-    size = os.fstat(file.fileno()).st_size
+    size = size_of(file)
     frames: list[_Frame] = []
     mode, at = "", 0
     while at < size:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from ..dtypes import BY_NAME, DType
 from ..errors import InputError, MappingError
 from ..tensors import Extent, TensorSpec
 from .sniff import identify, refusal
-from .untrusted import MAX_HEADER, MAX_TENSORS, open_regular, pread_into, shown
+from .untrusted import MAX_HEADER, MAX_TENSORS, open_regular, pread_into, shown, size_of
 
 if TYPE_CHECKING:
     from ..files.fsio import OutFile
@@ -174,7 +173,7 @@ def open_file(path: Path) -> GgufSource:
 
 
 def _open(file: io.FileIO, path: Path) -> GgufSource:
-    size = os.fstat(file.fileno()).st_size
+    size = size_of(file)
     data = bytearray(min(size, MAX_HEADER))
     pread_into(file, memoryview(data), 0)
     header = _Header(bytes(data))

@@ -9,7 +9,6 @@ Source of the format: mindspore 2.10, train/serialization.py; its bytes are unch
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ from .encrypted import DecryptedFile, mode_of
 from .keys import needed
 from .msckptsink import RETRY, crc32_of, make_sink
 from .sniff import identify
-from .untrusted import open_regular, pread_into, shown
+from .untrusted import open_regular, pread_into, shown, size_of, stamp_of
 from .wire import Crc, Record, Window, WireError, walk
 
 if TYPE_CHECKING:
@@ -50,20 +49,20 @@ class FileBytes:
 
     def __init__(self, path: Path) -> None:
         self._file = open_regular(path)
-        self.size = os.fstat(self._file.fileno()).st_size
+        self.size = size_of(self._file)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return these bytes; fewer at the end."""
-        return os.pread(self._file.fileno(), length, offset)
+        data = bytearray(max(0, min(length, self.size - offset)))
+        return bytes(data[: pread_into(self._file, memoryview(data), offset)])
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill a byte buffer and return how many bytes were there."""
         return pread_into(self._file, view, offset)
 
-    def stamp(self) -> tuple[int, int]:
+    def stamp(self) -> tuple[int, int | str]:
         """Return what changes when the file does: its size and time."""
-        info = os.fstat(self._file.fileno())
-        return info.st_size, info.st_mtime_ns
+        return stamp_of(self._file)
 
     def close(self) -> None:
         """Close the file."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from .untrusted import (
     parse_json,
     pread_into,
     shown,
+    size_of,
 )
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def open_file(path: Path) -> SafetensorsSource:
 
 
 def _read_header(path: Path, file: io.FileIO) -> Header:
-    size = os.fstat(file.fileno()).st_size
+    size = size_of(file)
     prefix = bytearray(_PREFIX)
     if pread_into(file, memoryview(prefix), 0) < _PREFIX:
         raise _bad(path, f"it has {size} bytes, the length of the header alone takes {_PREFIX}")

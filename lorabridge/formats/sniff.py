@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from .untrusted import MAX_HEADER, file_kind, open_regular, pread_into, refused_by_system, shown
+from .untrusted import MAX_HEADER, file_kind, open_regular, pread_into, refused_by_system, shown, size_of
 
 HEAD = 16384
 
@@ -112,7 +112,7 @@ def identify(path: Path) -> Kind:
     if not stat.S_ISREG(mode):
         return KINDS[file_kind(mode)]
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = size_of(file)
         head = _read(file, 0, min(size, HEAD))
         return KINDS[_content(head) if not head.startswith(b"PK") else _zip(file, head, size)]
 

@@ -8,8 +8,14 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import InputError, StorageError
+from ..files import placeholders
+from ..files.stores import Remote
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header (safetensors 0.8, tensor.rs MAX_HEADER_SIZE) and of an index file."""
@@ -52,8 +58,12 @@ def refused_by_system(error: OSError, path: Path) -> InputError | StorageError:
 def open_regular(path: Path) -> io.FileIO:
     """Open a regular file for reading, following symbolic links, without ever blocking on a pipe or a device.
 
-    Raises InputError when the path is missing or no regular file, StorageError when the system refuses.
+    A placeholder is opened as the object of a store that it stands for, a :class:`RemoteFile`. Raises InputError when
+    the path is missing or no regular file, StorageError when the system or the store refuses.
     """
+    remote = placeholders.readable(path)
+    if remote is not None:
+        return RemoteFile(path, remote)
     try:
         mode = os.stat(path).st_mode  # before opening: a device may act on being opened
         if stat.S_ISREG(mode):
@@ -77,6 +87,38 @@ def _opened(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)  # should it have become a pipe or a terminal
 
 
+class RemoteFile(io.FileIO):
+    """An object of a store, opened: read it with :func:`pread_into`, or from one end to the other as a raw file.
+
+    It has no file descriptor: asking for one is an error, since the placeholder's holds other bytes.
+    """
+
+    def __init__(self, path: Path, remote: Remote) -> None:
+        super().__init__(path, "rb")
+        self.remote = remote
+        self._at = 0
+
+    def fileno(self) -> int:
+        """Raise ``io.UnsupportedOperation``."""
+        raise io.UnsupportedOperation(f"{self.remote.url} has no file descriptor")
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        """Fill a buffer from where reading stands."""
+        count = self.remote.read_into(memoryview(buffer).cast("B"), self._at)
+        self._at += count
+        return count
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Move to another offset."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.remote.size}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def tell(self) -> int:
+        """Return where reading stands."""
+        return self._at
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """A part of an open file, ``size`` bytes from ``start``, that is read as if it were a file of its own."""
@@ -92,7 +134,17 @@ class Region:
 
 def size_of(file: io.FileIO | Region) -> int:
     """Return the number of bytes of a file or of a region."""
+    if isinstance(file, RemoteFile):
+        return file.remote.size
     return file.size if isinstance(file, Region) else os.fstat(file.fileno()).st_size
+
+
+def stamp_of(file: io.FileIO) -> tuple[int, int | str]:
+    """Return what changes when an open file does: its size and time; an object that is open is always the same one."""
+    if isinstance(file, RemoteFile):
+        return file.remote.size, file.remote.version
+    info = os.fstat(file.fileno())
+    return info.st_size, info.st_mtime_ns
 
 
 def start_of(file: io.FileIO | Region) -> int:
@@ -108,6 +160,10 @@ def pread_into(file: io.FileIO | Region, view: memoryview, offset: int) -> int:
     done = 0
     if isinstance(file, Region):
         view, offset, file = view[: max(0, file.size - offset)], file.start + offset, file.file
+    if isinstance(file, RemoteFile):
+        if file.closed:
+            raise ValueError("I/O operation on closed file")
+        return file.remote.read_into(view, offset)
     while done < len(view):
         try:
             count = os.preadv(file.fileno(), [view[done:]], offset + done)
@@ -129,6 +185,14 @@ def read_small(path: Path, limit: int) -> tuple[bytes, int]:
         data = bytearray(size if size <= limit else 0)
         del data[pread_into(file, memoryview(data), 0) :]
     return bytes(data), size
+
+
+def read_word(path: Path) -> str:
+    """Return the one word that a small text file holds (``latest`` and its like); empty where the file is no such one.
+
+    Raises as :func:`open_regular` does.
+    """
+    return read_small(path, 4096)[0].decode("utf-8", errors="replace").strip()[:256]
 
 
 def parse_json(data: bytes) -> object:

@@ -31,8 +31,8 @@ from ..arithmetic.residue import Delta, Extract, extract, pack, pieces, restore
 from ..conversion import tasks
 from ..dtypes import BY_NAME, DType
 from ..errors import DifferentError, InputError, OutputError
-from ..files.fsio import Staging
-from ..formats.untrusted import open_regular, parse_json
+from ..files.uploading import staged
+from ..formats.untrusted import open_regular, parse_json, size_of
 
 MAGIC = b"lorabridge undo\n"
 SCHEMA = "lorabridge/undo/1"
@@ -203,7 +203,7 @@ class Recorder:
     def _write(self, head: bytes, order: Sequence[tuple[int, int]], overwrite: bool) -> int:
         digest = hashlib.sha256(head)
         identity = hashlib.sha256(head + os.urandom(16)).hexdigest()
-        with Staging(self.target, digest=identity, overwrite=overwrite, directory=False) as staging:
+        with staged(self.target, digest=identity, overwrite=overwrite, directory=False) as staging:
             file = staging.create(self.target.name)
             file.write(0, head)
             at = len(head)
@@ -239,8 +239,9 @@ class UndoFile:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        with BufferedReader(open_regular(self.path)) as file:
-            size = os.fstat(file.fileno()).st_size
+        raw = open_regular(self.path)
+        with BufferedReader(raw) as file:
+            size = size_of(raw)
             header = _header(file, size, str(path))
         facts, self.tensors, self._offsets = _parsed(header, size, str(path))
         self.facts: Json = facts

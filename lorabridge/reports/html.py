@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..files.placeholders import spoken
 from . import svg
 from .plain import count, html_text, size
 
@@ -276,7 +277,7 @@ def _cells(depth: str, row: ModuleRow) -> tuple[str, ...]:
 
 def breakable(path: str) -> str:
     """Escape a path and let lines break after its dots and slashes."""
-    return re.sub(r"([./])(?=[^./])", r"\1<wbr>", html_text(path))
+    return re.sub(r"([./])(?=[^./])", r"\1<wbr>", html_text(spoken(path)))
 
 
 def number(value: float | None, digits: int = 3) -> str:
