@@ -1,8 +1,9 @@
 """Build small networks of MindSpore's ModelZoo and write their parameters' names and shapes beside this file.
 
-``python make_modelzoo_names.py MODELS`` writes ``networks/FAMILY_modelzoo.2023-07.json``; MODELS is a checkout of
-mindspore-ai/models at eab643f51 (July 2023, its last commit). Run with mindspore 2.10.0 on the CPU; building needs
-nothing in its stead. The tests read what this wrote and run none of it.
+``python make_modelzoo_names.py MODELS FAMILY ...`` writes ``networks/FAMILY_modelzoo.2023-07.json``; MODELS is a
+checkout of mindspore-ai/models at eab643f51 (July 2023, its last commit). Run with mindspore 2.10.0 on the CPU for
+bert, gpt2 and albert, and with 2.0.0 for gpt, whose layers of mindspore.parallel later releases do not have; building
+needs nothing in its stead. The tests read what this wrote and run none of it.
 """
 
 from __future__ import annotations
@@ -64,6 +65,19 @@ def gpt2() -> list[Entry]:
     ]  # fmt: skip
 
 
+def gpt() -> list[Entry]:
+    model = importlib.import_module("src.gpt")
+    settings = importlib.import_module("src.utils")
+    config = settings.GPTConfig(
+        batch_size=1, seq_length=17, vocab_size=31, embedding_size=12, num_layers=2, num_heads=2
+    )  # fmt: skip
+    net = model.GPT(config)
+    return [
+        {**entry("GPT", net, hf, layout=layout), "fields": {**GPT2, "n_inner": 48}}
+        for hf, layout in (("GPT2LMHeadModel", {}), ("GPT2Model", {"hf_prefix": ""}))
+    ]  # fmt: skip
+
+
 def albert() -> list[Entry]:
     model = importlib.import_module("src.albert_model")
     config = model.AlbertConfig(seq_length=16, **ALBERT)
@@ -92,19 +106,24 @@ def entry(
             "own": dict(own or {}), "parameters": parameters}  # fmt: skip
 
 
-def main(models: Path) -> None:
+def main(models: Path, families: list[str]) -> None:
     """Write a file for each family; print what was written."""
-    folders = {"bert": models / "official/nlp/Bert", "gpt2": models / "research/nlp/gpt2",
-               "albert": models / "research/nlp/albert"}  # fmt: skip
-    for family, build in (("bert", bert), ("gpt2", gpt2), ("albert", albert)):
+    import mindspore
+
+    folders = {"bert": "official/nlp/Bert", "gpt2": "research/nlp/gpt2", "albert": "research/nlp/albert",
+               "gpt": "official/nlp/GPT"}  # fmt: skip
+    for family in families:
         for name in [name for name in sys.modules if name == "src" or name.startswith("src.")]:
             del sys.modules[name]
-        sys.path.insert(0, str(folders[family]))
-        rows = ",\n".join(json.dumps(item) for item in build())
+        sys.path.insert(0, str(models / folders[family]))
+        rows = ",\n".join(json.dumps(item) for item in BUILD[family]())
         sys.path.pop(0)
-        text = f'{{"release": "mindspore-ai/models eab643f51", "mindspore": "2.10.0", "networks": [\n{rows}\n]}}\n'
-        (OUT / f"{family}_modelzoo.2023-07.json").write_text(text)
+        head = f'"release": "mindspore-ai/models eab643f51", "mindspore": "{mindspore.__version__}"'
+        (OUT / f"{family}_modelzoo.2023-07.json").write_text(f'{{{head}, "networks": [\n{rows}\n]}}\n')
+
+
+BUILD = {"bert": bert, "gpt2": gpt2, "albert": albert, "gpt": gpt}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
