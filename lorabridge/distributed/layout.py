@@ -99,32 +99,42 @@ class Layout:
 
     def place(self, rank: int) -> tuple[int, ...]:
         """Return which slice a rank of the stage holds: an index per tensor axis, counted in ``fractions``."""
-        place = unravel(rank, self.grid)
-        index = [ravel([place[a] for a in axes], [self.grid[a] for a in axes]) for axes in self.cuts]
-        if self.shards > 1:
-            index[0] = index[0] * self.shards + self._replica(place) % self.shards
-        return tuple(index)
+        return _spread(self.grid, self.cuts, self.optimizer).places[rank]
 
     def replica(self, rank: int) -> int:
         """Return which copy of its slice a rank of the stage holds; 0 is the first."""
-        return self._replica(unravel(rank, self.grid)) // self.shards
-
-    def _replica(self, place: Sequence[int]) -> int:
-        free = self.free
-        return ravel([place[axis] for axis in free], [self.grid[axis] for axis in free])
+        return self.holders()[self.place(rank)].index(rank)
 
     def holders(self) -> Mapping[tuple[int, ...], tuple[int, ...]]:
         """Return, for every slice, the stage's ranks that hold it, in the order of their replicas."""
-        return _holders(self)
+        return _spread(self.grid, self.cuts, self.optimizer).holders
 
 
-@lru_cache(maxsize=256)
-def _holders(layout: Layout) -> Mapping[tuple[int, ...], tuple[int, ...]]:
-    """See :meth:`Layout.holders`; the thousands of tensors of a model share few layouts."""
-    found: dict[tuple[int, ...], list[int]] = {}
+@dataclass(frozen=True, slots=True)
+class _Spread:
+    """Which slice each rank holds, and which ranks hold each slice."""
+
+    places: tuple[tuple[int, ...], ...]
+    holders: Mapping[tuple[int, ...], tuple[int, ...]]
+
+
+@lru_cache(maxsize=64)
+def _spread(grid: tuple[int, ...], cuts: tuple[tuple[int, ...], ...], optimizer: int) -> _Spread:
+    """Work out a layout, of whatever shape, for all its ranks; the thousands of tensors of a model share few."""
+    layout = Layout(grid, cuts, optimizer)
+    shards, free = layout.shards, layout.free
+    places: list[tuple[int, ...]] = []
+    holders: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for rank in range(layout.devices):
-        found.setdefault(layout.place(rank), []).append(rank)
-    return MappingProxyType({index: tuple(sorted(ranks, key=layout.replica)) for index, ranks in sorted(found.items())})
+        place = unravel(rank, grid)
+        replica = ravel([place[axis] for axis in free], [grid[axis] for axis in free])
+        index = [ravel([place[a] for a in axes], [grid[a] for a in axes]) for axes in cuts]
+        if shards > 1:
+            index[0] = index[0] * shards + replica % shards
+        places.append(tuple(index))
+        holders.setdefault(places[-1], []).append((replica // shards, rank))
+    found = {index: tuple(rank for _, rank in sorted(ranks)) for index, ranks in sorted(holders.items())}
+    return _Spread(tuple(places), MappingProxyType(found))
 
 
 def unravel(index: int, sizes: Sequence[int]) -> tuple[int, ...]:
@@ -157,7 +167,18 @@ def assemble(slices: dict[tuple[int, ...], Expr], fractions: Sequence[int]) -> E
 
 def slice_of(x: Expr, layout: Layout, rank: int) -> Expr:
     """Cut out of a whole tensor what a rank of the stage holds; every axis divides (see ``local_shape``)."""
-    for axis, (index, count) in enumerate(zip(layout.place(rank), layout.fractions, strict=True)):
+    return _cut_out(x, layout.place(rank), layout.fractions)
+
+
+def slices_of(x: Expr, layout: Layout) -> list[Expr]:
+    """Cut out of a whole tensor what every rank of the stage holds; ranks with copies get the same expression."""
+    fractions = layout.fractions
+    made = {index: _cut_out(x, index, fractions) for index in layout.holders()}
+    return [made[index] for index in _spread(layout.grid, layout.cuts, layout.optimizer).places]
+
+
+def _cut_out(x: Expr, place: Sequence[int], fractions: Sequence[int]) -> Expr:
+    for axis, (index, count) in enumerate(zip(place, fractions, strict=True)):
         size = x.shape[axis] // count
         x = cut(x, axis, index * size, (index + 1) * size)
     return x

@@ -10,7 +10,7 @@ rank (it passes on rank 0's slice), names may hold a minus sign, and the last st
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -213,7 +213,7 @@ class _Arranging:
         first = stage * self.strategy.devices
         members = range(first, first + self.strategy.devices)
         files = {rank: self.ranks[rank] for rank in members if rank in self.ranks}
-        held = {r: self.pieces.held[file][name] for r, file in files.items() if name in self.pieces.held[file]}
+        held = {r: spec for r, file in files.items() if (spec := self.pieces.held[file].get(name)) is not None}
         if not held:
             absent = [rank for rank in members if rank not in self.ranks]
             if any(all(first + rank in self.ranks for rank in ranks) for ranks in layout.holders().values()):
@@ -246,8 +246,13 @@ class _Arranging:
     def _put_together(
         self, stage: int, name: str, layout: Layout, held: Mapping[int, TensorSpec], first: int
     ) -> Placed | None:
-        slices: dict[tuple[int, ...], tuple[Copy, ...]] = {}
         spec = next(iter(held.values()))
+        if len(held) == layout.devices:
+            slices: Mapping[tuple[int, ...], tuple[Copy, ...]] = _AllThere(name, self.ranks, layout, first)
+            reads = {i: self.pieces.piece(self.ranks[first + ranks[0]], name) for i, ranks in layout.holders().items()}
+            boxes = {index: _box(index, spec.shape) for index in reads}
+            return Placed(name, assemble(reads, layout.fractions), slices, layout, stage, boxes)
+        slices = {}
         lost: dict[tuple[int, ...], tuple[int, ...]] = {}
         for index, holders in layout.holders().items():
             ranks = [first + rank for rank in holders]
@@ -297,6 +302,23 @@ class _Arranging:
                 placed[name] = replace(place_whole(name, copies, self.pieces), stage=stage)
             except ValueError as error:
                 self._break(name, f"{error}; {cure}", {c.rank: self.pieces.specs[c.piece] for c in copies}, stage)
+
+
+class _AllThere(Mapping[tuple[int, ...], tuple[Copy, ...]]):
+    """The copies of every slice of a tensor that all ranks of its stage hold, made when asked for."""
+
+    def __init__(self, name: str, ranks: Mapping[int, str], layout: Layout, first: int) -> None:
+        self._name, self._ranks, self._holders, self._first = name, ranks, layout.holders(), first
+
+    def __getitem__(self, index: tuple[int, ...]) -> tuple[Copy, ...]:
+        ranks = (self._first + rank for rank in self._holders[index])
+        return tuple(Copy(rank, f"{self._ranks[rank]}/{self._name}") for rank in ranks)
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return iter(self._holders)
+
+    def __len__(self) -> int:
+        return len(self._holders)
 
 
 def _box(index: Sequence[int], local: Sequence[int]) -> Box:
