@@ -203,7 +203,10 @@ def _broken(broken: Broken) -> SlicedTensor:
     rows += [SliceRow(*box, ranks, missing=True) for box, ranks in broken.missing.items()]
     dtype = broken.dtype.name if broken.dtype is not None else "unknown"
     rows.sort(key=lambda row: row.start)
-    return _tensor(broken.name, dtype, broken.shape, broken.stage, broken.layout, tuple(rows), problem=broken.problem)
+    flat = broken.shape is not None and any(len(row.start) != len(broken.shape) for row in rows)
+    return _tensor(
+        broken.name, dtype, broken.shape, broken.stage, broken.layout, tuple(rows), flat=flat, problem=broken.problem
+    )
 
 
 def _tensor(

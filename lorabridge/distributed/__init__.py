@@ -24,12 +24,14 @@ def open_distributed(
     if not path.is_dir():
         return None
     from .dcp import is_dcp, open_dcp
-    from .deepspeed import open_zero, zero_directory
+    from .deepspeed import open_zero
     from .dtensors import open_dtensors, rank_files
     from .hfdcp import open_sharded, sharded_files
     from .iterations import iteration_directory, open_iteration
     from .megatron import is_megatron, iteration, open_megatron
     from .ranks import is_rank_directory, open_ranks
+    from .universal import open_universal, universal_directory
+    from .zerofiles import zero_directory
 
     if is_rank_directory(path):
         return open_ranks(path, strategies=strategies, step=step, findings=findings)
@@ -42,8 +44,11 @@ def open_distributed(
         return open_dtensors(path, findings=findings)
     if sharded_files(path):
         return open_sharded(path, findings=findings)
-    zero = zero_directory(path, step)
+    universal = universal_directory(path, step)  # which holds model states, too
+    zero = None if universal == path else zero_directory(path, step)
     if zero is not None:
-        return open_zero(zero)
+        return open_zero(zero, findings=findings)
+    if universal is not None:
+        return open_universal(universal)
     found = iteration_directory(path, step)
     return open_iteration(found, findings=findings) if found is not None else None

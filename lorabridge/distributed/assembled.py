@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..axes import Expr, Join, Read, Reshape, Slice, Zeros, byte_ranges, cut, evaluate, read
+from ..axes import Expr, Join, Read, Reshape, Slice, Zeros, byte_ranges, cut, evaluate
 from ..errors import InputError, counted
 from ..formats import container
 from ..formats.sharded import Shards
@@ -25,10 +25,14 @@ BLOCK = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One stored copy of a slice: the rank that holds it, and the piece's name in the physical source."""
+    """One stored copy of a slice: the rank that holds it, and the piece's name in the physical source.
+
+    ``expr``: what of the pieces it is, where it is not one of them as it is; ``piece`` is then its first.
+    """
 
     rank: int
     piece: str
+    expr: Expr | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +125,14 @@ class Assembled:
         """
         apart: dict[tuple[str, int], list[int]] = {}
         for name, first, other in self.replicas():
-            if not same_bits(self.pieces, first.piece, other.piece):
+            if first.expr is None or other.expr is None:
+                equal, size = same_bits(self.pieces, first.piece, other.piece), self.pieces.specs[other.piece].nbytes
+            else:
+                equal = same_values(self.pieces, first.expr, other.expr)
+                size = TensorSpec(other.piece, other.expr.dtype, other.expr.shape).nbytes
+            if not equal:
                 apart.setdefault((name, first.rank), []).append(other.rank)
-            progress(self.pieces.specs[other.piece].nbytes)
+            progress(size)
         return apart
 
     def check_replicas(self, progress: Callable[[int], None] = lambda done: None) -> None:
@@ -159,6 +168,22 @@ def same_bits(source: Source, one: str, other: str) -> bool:
         return bool(np.array_equal(source.read(one), source.read(other)))
     spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     return all(np.array_equal(source.read(one, span), source.read(other, span)) for span in spans)
+
+
+def same_values(source: Source, one: Expr, other: Expr) -> bool:
+    """Say whether two structural expressions have equal types, shapes and bits; memory is bounded by a few blocks."""
+    import numpy as np
+
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    if not one.shape or one.dtype.bits % 8:
+        return bool(np.array_equal(gather(one, source), gather(other, source)))
+    row = max(1, TensorSpec("", one.dtype, one.shape[1:]).nbytes)
+    step = max(1, BLOCK // row)
+    spans = [(start, min(start + step, one.shape[0])) for start in range(0, one.shape[0], step)]
+    return all(
+        np.array_equal(gather(cut(one, 0, *span), source), gather(cut(other, 0, *span), source)) for span in spans
+    )
 
 
 def clip(extents: Sequence[Extent], start: int, length: int) -> list[Extent]:
@@ -201,6 +226,34 @@ def _fill(out: Bits, expr: Expr, source: Source) -> None:
         out[...] = evaluate(expr, source.read, {})
 
 
+def home(held: Mapping[str, Mapping[str, TensorSpec]], piece: str) -> tuple[str, str]:
+    """Return the file and the tensor of a piece ``<file>/<tensor>``, of which both may hold slashes; KeyError."""
+    at = piece.find("/")
+    while at >= 0:
+        if piece[at + 1 :] in held.get(piece[:at], ()):
+            return piece[:at], piece[at + 1 :]
+        at = piece.find("/", at + 1)
+    raise KeyError(piece)
+
+
+class _PieceSpecs(Mapping[str, TensorSpec]):
+    """The tensors of many files as pieces, made when asked for: there may be millions of them."""
+
+    def __init__(self, held: Mapping[str, Mapping[str, TensorSpec]]) -> None:
+        self._held = held
+
+    def __getitem__(self, piece: str) -> TensorSpec:
+        file, name = home(self._held, piece)
+        spec = self._held[file][name]
+        return TensorSpec(piece, spec.dtype, spec.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{file}/{name}" for file, specs in self._held.items() for name in specs)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._held.values()))
+
+
 class Files:
     """The tensors of many files of one container, each called ``<file>/<tensor>``; few files are open at a time.
 
@@ -216,38 +269,34 @@ class Files:
         self.format = format
         self.files = frozenset(files.values())
         self._shards = Shards(open_file or container(format).open_file, files)
-        self._homes: dict[str, tuple[str, str]] = {}
         self.held: dict[str, Mapping[str, TensorSpec]] = {}
         """The tensors of each file, under their own names."""
         self.stated: dict[str, Mapping[str, str]] = {}
         """The metadata of each file."""
-        specs: dict[str, TensorSpec] = {}
         try:
             for file in files:
                 with self._shards.use(file) as shard:
                     self.held[file], self.stated[file] = shard.specs, shard.metadata
-                for name, spec in self.held[file].items():
-                    specs[f"{file}/{name}"] = replace(spec, name=f"{file}/{name}")
-                    self._homes[f"{file}/{name}"] = file, name
         except BaseException:
             self._shards.close()
             raise
-        self.specs: Mapping[str, TensorSpec] = specs
+        self.specs: Mapping[str, TensorSpec] = _PieceSpecs(self.held)
         self.metadata: Mapping[str, str] = {}
 
     def piece(self, file: str, name: str) -> Expr:
         """Stand for one file's tensor."""
-        return read(self.specs[f"{file}/{name}"])
+        spec = self.held[file][name]
+        return Read(f"{file}/{name}", spec.dtype, spec.shape)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Bits:
         """Return a piece's bits, or those of rows [start, stop)."""
-        file, own = self._homes[name]
+        file, own = home(self.held, name)
         with self._shards.use(file) as shard:
             return shard.read(own, rows)
 
     def extents(self, name: str) -> tuple[Extent, ...]:
         """Return the byte ranges of a piece."""
-        file, own = self._homes[name]
+        file, own = home(self.held, name)
         with self._shards.use(file) as shard:
             return shard.extents(own)
 

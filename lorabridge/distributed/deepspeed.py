@@ -1,288 +1,297 @@
-"""DeepSpeed's ZeRO checkpoints: fp32 masters put together from the partitions of every rank, without deepspeed.
+"""DeepSpeed's checkpoints: what ZeRO, tensor parallelism and pipelines cut put together, without deepspeed.
 
-Format: deepspeed 0.19.8, ``utils/zero_to_fp32.py`` and ``runtime/zero``. ``<tag>/`` holds model states
-(``mp_rank_00_model_states.pt``; stage 3: ``zero_pp_rank_<r>_mp_rank_00_model_states.pt``) and optimizer states
-(``[bf16_]zero_pp_rank_<r>_mp_rank_00_optim_states.pt``); ``latest`` names the tag. Stages 1 and 2 concatenate the
-parameters of a group in the order of ``param_shapes`` and cut the result among the ranks; stage 3 cuts every parameter
-into ``ceil(numel / ranks)`` elements a rank. Parameters that do not train lie in ``frozen_param_fragments``: whole in
-stages 1 and 2, cut like the others in stage 3, where the 16-bit module itself holds empty tensors. Buffers lie in the
-module; shared parameters are stored once. As ``zero_to_fp32`` does, trained parameters are read from the fp32 masters.
+Format: deepspeed 0.19.8 (``runtime/engine.py``, ``runtime/pipe/module.py``, ``checkpoint/ds_to_universal.py``).
+``<tag>/`` holds the model states of every model-parallel rank m (``mp_rank_<m>_model_states.pt``; ZeRO stage 3:
+``zero_pp_rank_<d>_mp_rank_<m>_model_states.pt``) and the optimizer states of every data-parallel rank d of it
+(``[bf16_]zero_pp_rank_<d>_mp_rank_<m>_optim_states.pt``); ``latest`` names the tag. m counts the tensor ranks of a
+pipeline stage first. A PipelineModule's layers lie in files of their own, ``layer_<l>[-model_<t>]-model_states.pt``,
+whose parameters are called ``<l>.<name>`` in the states. Without optimizer states the weights of the model states are
+read, as they are. What tensor ranks hold is joined by :mod:`.tensorrules`.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..axes import Expr, ShapeError, cut, join, reads, reshape
-from ..errors import InputError, counted
-from ..formats.torchvalues import Object, Table, Tensor, kind
-from ..formats.torchzip import TorchSource, open_tree
+from ..axes import Expr, ShapeError, byte_ranges, cut, reads
+from ..errors import InputError
 from ..formats.untrusted import shown
 from .assembled import Arrangement, Assembled, Copy, Files, Placed
+from .grid import Box, assemble_boxes
+from .parallel import module_axis
+from .partitions import HINT, Extras, Partitions, Said, missing, open_states, read_said
+from .placing import Broken, Findings, settle
+from .tensorrules import NO_RULE, Block, Blocks, along, gated, halves, named_axis, whole
+from .zerofiles import Listed, Shape, listed_files, rank_name
 
-_OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d{1,6})_mp_rank_(\d{2,6})_optim_states\.pt")
-_MODEL = re.compile(r"(?:zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{2,6})_model_states\.pt")
-_OBJECTS = frozenset(
-    {
-        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-        "deepspeed.runtime.zero.config.ZeroStageEnum",
-        "deepspeed.utils.tensor_fragment.fragment_address",
-    }
+_TIED = re.compile(r"tied_modules\.[^.]+\.(.+)")
+_CURE = (
+    "train with AutoTP of deepspeed 0.19 or later, which notes how it cut, or give the network's own "
+    "universal_checkpoint_info; or convert it with ds_to_universal and name the result"
 )
-_HINT = "take the whole directory that deepspeed's save_checkpoint wrote, with the files of every rank"
-_MASTERS = {"single_partition_of_fp32_groups": "flat", "fp32_flat_groups": "each"}
-"""Where an optimizer's state keeps its fp32 masters, and whether groups or single parameters are cut."""
 
 
-def zero_directory(path: Path, step: str | None = None) -> Path | None:
-    """Return the directory of a tag: ``path`` itself, or what ``latest`` (or ``step``, a tag) names in it; or None."""
-    if any(_MODEL.fullmatch(p.name) for p in path.glob("*_model_states.pt")):
-        return path
-    latest = path / "latest"
-    tag = step or (latest.read_text("utf-8", errors="replace")[:256].strip() if latest.is_file() else "")
-    inside = path / tag
-    if not tag or "/" in tag or tag in (".", "..") or not any(inside.glob("*_model_states.pt")):
-        return None
-    return inside
-
-
-@dataclass(frozen=True, slots=True)
-class _Said:
-    """What the model states of rank 0 say of the whole: shapes per group, frozen ones, buffers and shared names."""
-
-    shapes: tuple[dict[str, tuple[int, ...]], ...]
-    frozen: dict[str, tuple[int, ...]]
-    buffers: tuple[str, ...]
-    shared: tuple[tuple[str, str], ...]
-    ranks: int
-
-
-def open_zero(path: Path) -> Assembled:
-    """Open a ZeRO checkpoint as one, reading the archives' pickles only.
+def open_zero(path: Path, *, findings: Findings | None = None) -> Assembled:
+    """Open a checkpoint of DeepSpeed as one, reading the archives' pickles only.
 
     Trained parameters and, where they were saved, frozen ones and buffers, under the module's own names. InputError
-    for missing ranks, model parallelism, paddings between parameters, and partitions that do not hold what they should.
+    for missing ranks, tensors that nothing tells how to join, experts, and partitions that do not hold what they
+    should.
     """
-    models, optimizers = _found(path, _MODEL), _found(path, _OPTIMIZER)
-    first = models.get(0)
-    if first is None or not optimizers:
-        raise InputError("model or optimizer states are missing", where=shown(str(path)), hint=_HINT)
-    said = _said(first)
-    absent = [rank for rank in range(said.ranks) if rank not in optimizers or (len(models) > 1 and rank not in models)]
-    if absent or len(optimizers) > said.ranks:
-        listed = ", ".join(map(str, absent)) or f"{len(optimizers)} instead of {said.ranks}"
-        raise InputError(f"states of ranks are missing or too many: {listed}", where=shown(str(path)), hint=_HINT)
-    files = {file.name: file for file in (*models.values(), *optimizers.values())}
-    pieces = Files(path, "torch", files, _open_states)
+    listed = listed_files(path)
+    if not listed.models:
+        where = f"{shown(str(path))}: mp_rank_00_model_states.pt"
+        raise InputError("the layers' files are there without the model states", where=where, hint=HINT)
+    said = {rank: read_said(next(iter(sorted(held.items())))[1]) for rank, held in sorted(listed.models.items())}
+    shape = Shape.of(listed, next(iter(said.values())))
+    absent = shape.absent(listed)
+    if absent:
+        error = InputError("states of ranks are missing or too many", where=absent, hint=_missing_hint(listed, shape))
+        settle(error, findings)
+    extras: dict[str, Extras] = {}
+    pieces = Files(path, "torch", listed.files(), lambda file: open_states(file, extras))
     try:
-        work = _Zero(
-            pieces,
-            said,
-            [models[rank].name for rank in sorted(models)],
-            [optimizers[rank].name for rank in range(said.ranks)],
-        )
-        return Assembled(path, pieces, Arrangement(f"deepspeed ZeRO-{work.stage}", said.ranks, work.place()))
+        work = _DeepSpeed(pieces, listed, said, shape, extras, findings)
+        placed = work.place()
+        return Assembled(path, pieces, Arrangement(
+            work.kind(), shape.model if shape.model > 1 else shape.data, placed, tuple(work.notes),
+            skipped=tuple(work.skipped),
+        ))  # fmt: skip
     except BaseException:
         pieces.close()
         raise
 
 
-def _found(path: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
-    """Return the states by data-parallel rank; InputError where there is model parallelism."""
-    found: dict[int, Path] = {}
-    for file in sorted(path.iterdir()):
-        match = pattern.fullmatch(file.name)
-        if match is None:
-            continue
-        if int(match[2]):
-            raise InputError(
-                "the run had model parallelism, which is not supported for ZeRO checkpoints",
-                where=shown(str(file)),
-                hint="merge it with deepspeed's own zero_to_fp32.py",
-            )
-        found[int(match[1] or 0)] = file
-    return found
+def _missing_hint(listed: Listed, shape: Shape) -> str:
+    if listed.third or set(listed.models) != set(range(shape.model)):
+        return HINT
+    return f"{HINT}; with no optimizer states at all, the 16-bit weights of the model states are read"
 
 
-def _fields(value: object) -> dict[str, object]:
-    return {k: v for k, v in value.items if isinstance(k, str)} if isinstance(value, Table) else {}
+_Place = tuple[int, int]
+"""Pipeline stage and tensor rank."""
 
 
-def _shapes(value: object) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for name, shape in _fields(value).items():
-        if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError(f"the shape of {shown(name)} is {kind(shape)}")
-        shapes[name] = shape
-    return shapes
-
-
-def _said(path: Path) -> _Said:
-    tree = open_tree(path, objects=_OBJECTS)
-    tree.archive.file.close()
-    root = _fields(tree.root)
-    try:
-        groups = root.get("param_shapes")
-        if not isinstance(groups, list) or "module" not in root:
-            raise ValueError("it has no param_shapes and module: it is not of a ZeRO run")
-        ranks = root.get("dp_world_size")
-        if type(ranks) is not int or not 0 < ranks < 1 << 20:
-            raise ValueError("it does not say the number of ranks")
-        buffers = root.get("buffer_names")
-        shared = root.get("shared_params")
-        pairs = shared.items if isinstance(shared, Table) else shared if isinstance(shared, list) else []
-        said = _Said(
-            shapes=tuple(_shapes(group) for group in groups),
-            frozen=_shapes(root.get("frozen_param_shapes")),
-            buffers=tuple(n for n in buffers if isinstance(n, str)) if isinstance(buffers, list) else (),
-            shared=tuple((str(p[0]), str(p[1])) for p in pairs if isinstance(p, list | tuple) and len(p) == 2),
-            ranks=ranks,
-        )
-        if root.get("frozen_param_fragments") is None and said.frozen:
-            said = _Said(said.shapes, {}, said.buffers, said.shared, said.ranks)  # saved without the frozen ones
-        return said
-    except ValueError as error:
-        raise InputError(f"the model states are not readable: {error}", where=shown(str(path)), hint=_HINT) from None
-
-
-def _open_states(path: Path) -> TorchSource:
-    """Open one rank's states with the tensors that matter under plain names."""
-    tree = open_tree(path, objects=_OBJECTS)
-    root = _fields(tree.root)
-    tensors: dict[str, Tensor] = {}
-    for part in ("module", "frozen_param_fragments"):
-        tensors |= {f"{part}.{n}": v for n, v in _fields(root.get(part)).items() if isinstance(v, Tensor)}
-    state = _fields(root.get("optimizer_state_dict"))
-    for key in _MASTERS:
-        held = state.get(key)
-        for number, value in enumerate(held if isinstance(held, list) else []):
-            if isinstance(value, Tensor):
-                tensors[f"{key}.{number}"] = value
-    padded = _nonzero(state.get("param_alignment_paddings"))
-    if padded:
-        tree.archive.file.close()
-        raise InputError(
-            "its parameters are padded one by one, which is not supported", where=shown(str(path)),
-            hint="merge it with deepspeed's own zero_to_fp32.py",
-        )  # fmt: skip
-    return tree.source(tensors)
-
-
-def _nonzero(value: object) -> bool:
-    """Say whether anything but zeros lies in nested lists and mappings, whatever they share or hold of themselves."""
-    seen: set[int] = set()
-    waiting = [value]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, Object) or (isinstance(one, int | float) and one != 0):
-            return True
-        if isinstance(one, list | tuple | Table) and id(one) not in seen:
-            seen.add(id(one))
-            waiting += [held for _, held in one.items] if isinstance(one, Table) else one
-    return False
-
-
-@dataclass(frozen=True, slots=True)
-class _Zero:
-    """The work of placing every parameter. ``models``, ``optimizers``: the ranks' files, in order."""
+@dataclass(slots=True)
+class _DeepSpeed:
+    """The work of placing every tensor."""
 
     pieces: Files
-    said: _Said
-    models: list[str]
-    optimizers: list[str]
+    listed: Listed
+    said: Mapping[int, Said]
+    shape: Shape
+    extras: Mapping[str, Extras]
+    findings: Findings | None
+    notes: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    stage: int = 0
 
-    @property
-    def stage(self) -> int:
-        """3 where every parameter is cut by itself, 2 where groups are (stage 1 looks alike)."""
-        return 3 if "fp32_flat_groups.0" in self.pieces.held[self.optimizers[0]] else 2
+    def kind(self) -> str:
+        """Say what wrote the checkpoint."""
+        parts = [f"deepspeed ZeRO-{self.stage}" if self.stage else "deepspeed"]
+        parts += [f"{letters}{n}" for letters, n in (("TP", self.shape.tensor), ("PP", self.shape.stages)) if n > 1]
+        cut_ = (
+            f", each in the partitions of {self.shape.data}"
+            if self.stage and min(self.shape.model, self.shape.data) > 1
+            else ""
+        )
+        return " ".join(parts) + cut_
 
     def place(self) -> dict[str, Placed]:
+        """Return every tensor under its name in the whole."""
+        held, whole_ = self._held()
         placed: dict[str, Placed] = {}
-        problems: list[str] = []
-        flats = self._masters(problems)
-        if not problems:
+        for name, where in held.items():
             try:
-                for name, expr in (self._each(flats) if self.stage == 3 else self._grouped(flats)).items():
-                    placed[name] = self._placed(name, expr)
-                for name, shape in self.said.frozen.items():
-                    placed[name] = self._placed(name, self._frozen(name, shape))
-                for name in self.said.buffers:
-                    placed[name] = self._placed(name, self._of(self.models[0], f"module.{name}"))
+                if self.shape.model == 1:
+                    placed[name] = self._alone(name, where[0, 0])
+                else:
+                    placed[name] = self._joined(name, where, held, name in whole_)
+            except _Lost as lost:
+                self.problems += [] if self.findings is not None else [f"{shown(name)}: {lost.broken.problem}"]
+                self._note(lost.broken)
             except (ValueError, ShapeError) as error:
-                problems.append(str(error))
-        for name, origin in self.said.shared:
-            if origin in placed:
-                placed[name] = Placed(name, placed[origin].expr, placed[origin].slices)
-            elif not problems:
-                problems.append(f"{shown(name)} shares {shown(origin)}, which is not there")
-        if problems:
-            raise InputError("the partitions do not make up the parameters", where=problems, hint=_HINT)
+                self.problems.append(f"{shown(name)}: {error}")
+                self._note(self._odd(name, where, str(error)))
+        for said in self.said.values():
+            for name, origin in said.shared:
+                if origin in placed:
+                    placed[name] = Placed(name, placed[origin].expr, placed[origin].slices, boxes=placed[origin].boxes)
+                elif not self.problems and self.findings is None:
+                    self.problems.append(f"{shown(name)} shares {shown(origin)}, which is not there")
+        if self.problems:
+            unknown = any(NO_RULE in problem for problem in self.problems)
+            hint = _CURE if unknown else HINT
+            settle(
+                InputError("the ranks' states do not make up one model", where=self.problems, hint=hint), self.findings
+            )
         return placed
 
-    def _placed(self, name: str, expr: Expr) -> Placed:
-        ranks = {file: rank for rank, file in enumerate(self.optimizers)}
+    def _note(self, broken: Broken) -> None:
+        if self.findings is not None:
+            self.findings.broken[broken.name] = broken
+
+    def _held(self) -> tuple[dict[str, dict[_Place, Expr]], set[str]]:
+        """Return every tensor's parts by stage and tensor rank, and the names of those that no rank cuts."""
+        found: dict[str, dict[_Place, Expr]] = {}
+        buffers: set[str] = set()
+        trained: dict[_Place, set[str]] = {}
+        for rank, said in self.said.items():
+            place = divmod(rank, self.shape.tensor)
+            files = (self.listed.models.get(rank, {}), self.listed.optimizers.get(rank, {}))
+            models, optimizers = ({d: f.name for d, f in sorted(held.items())} for held in files)
+            part = Partitions(self.pieces, said, models, optimizers, self.extras)
+            self.stage = max(self.stage, part.stage)
+            buffers |= set(said.buffers)
+            try:
+                masters = part.trained()
+                both = masters | part.others(masters)
+            except (ValueError, ShapeError) as error:
+                self.problems.append(f"{rank_name(rank, 0, self.shape, False) or 'the partitions'}: {error}")
+                continue
+            trained[place] = set(masters)
+            for name, expr in both.items():
+                found.setdefault(name, {})[place] = expr
+        if self.listed.layers:
+            self._layers(found, trained)
+        if not self.listed.optimizers and any(said.shapes for said in self.said.values()):
+            self.notes.append("no optimizer states are there; the weights are those of the model states")
+        others = {name for extra in self.extras.values() for name in extra.others}
+        self.skipped += [("optimizer and training states", "training state")] if self.stage else []
+        self.skipped += [(name, "not a tensor") for name in sorted(others)]
+        return found, buffers
+
+    def _layers(self, found: dict[str, dict[_Place, Expr]], trained: Mapping[_Place, set[str]]) -> None:
+        """Take from a pipeline's layers what the masters lack; a tied layer's copies are the masters' already."""
+        masters = {name for names in trained.values() for name in names}
+        tied = {match[1]: name for name in sorted(masters) if (match := _TIED.fullmatch(name))}
+        for layer, held in sorted(self.listed.layers.items()):
+            for tensor, file in sorted(held.items()):
+                for piece in self.pieces.held[file.name]:
+                    own = piece.removeprefix("module.")
+                    name = f"{layer}.{own}"
+                    if name in masters:
+                        continue
+                    if own in tied:
+                        self.skipped.append((name, f"a copy of {tied[own]}"))
+                        continue
+                    found.setdefault(name, {})[-1, tensor] = self.pieces.piece(file.name, piece)
+
+    def _alone(self, name: str, expr: Expr) -> Placed:
+        """Place a tensor of a run without model parallelism: its slices are runs of elements on the ranks."""
+        ranks = {file.name: d for group in (self.listed.models, self.listed.optimizers)
+                 for held in group.values() for d, file in held.items()}  # fmt: skip
+        if gone := missing(expr):
+            raise _Lost(self._runs(name, expr, ranks, gone))
         copies = [Copy(ranks.get(piece.partition("/")[0], 0), piece) for piece in reads(expr)]
         return Placed(name, expr, {(number,): (copy,) for number, copy in enumerate(copies)})
 
-    def _of(self, file: str, name: str) -> Expr:
-        if name not in self.pieces.held[file]:
-            raise ValueError(f"{shown(file)}: no {shown(name)}")
-        return self.pieces.piece(file, name)
+    def _runs(self, name: str, expr: Expr, ranks: Mapping[str, int], gone: Sequence[int]) -> Broken:
+        held: dict[Box, tuple[Copy, ...]] = {}
+        lost: dict[Box, tuple[int, ...]] = {}
+        at, width = 0, expr.dtype.itemsize
+        for piece, _, length in byte_ranges(expr) or ():
+            box = ((at,), (length // width,))
+            at += length // width
+            file, _, rest = piece.partition("/")
+            if rest:
+                held[box] = (Copy(ranks.get(file, 0), piece),)
+            else:
+                lost[box] = (int(piece.rpartition(":")[2]),)
+        said = f"elements of it lie on rank {', '.join(map(str, gone))}, whose states are missing"
+        return Broken(name, expr.dtype, expr.shape, held, said, lost)
 
-    def _masters(self, problems: list[str]) -> list[list[Expr]]:
-        """Return each rank's flat fp32 tensors, a list per group."""
-        key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
-        found = []
-        for file in self.optimizers:
-            names = [name for name in self.pieces.held[file] if name.startswith(f"{key}.")]
-            flats = [self.pieces.piece(file, f"{key}.{number}") for number in range(len(names))]
-            if not flats or any(len(flat.shape) != 1 for flat in flats):
-                problems.append(f"{shown(file)}: it holds no flat {key}")
-            found.append(flats)
-        if not problems and any(len(flats) != len(found[0]) for flats in found):
-            problems.append(f"the ranks hold different numbers of {key}")
-        return found
+    def _joined(
+        self, name: str, where: Mapping[_Place, Expr], held: Mapping[str, Mapping[_Place, Expr]], same: bool
+    ) -> Placed:
+        """Put a tensor together from what tensor ranks hold; every stage that holds it must hold the same."""
+        boxes: dict[Box, list[tuple[Copy, Expr]]] = {}
+        lost: dict[Box, tuple[int, ...]] = {}
+        found: Blocks | None = None
+        for stage in dict.fromkeys(stage for stage, _ in where):
+            parts = [where.get((stage, tensor)) for tensor in range(self.shape.tensor)]
+            shapes = [part.shape for part in parts if part is not None]
+            known = [part.shape if part is not None else shapes[0] for part in parts]
+            rule = self._rule(name, known, (stage, next(t for s, t in where if s == stage)), held, same)
+            if found is not None and (found.shape, found.rows) != (rule.shape, rule.rows):
+                raise ValueError(f"it has shape {list(found.shape)} on one stage, {list(rule.shape)} on another")
+            found = rule
+            for block in rule.blocks:
+                self._fill(block, parts[block.rank], max(stage, 0), boxes, lost)
+        assert found is not None
+        first = next(expr for copies in boxes.values() for _, expr in copies) if boxes else next(iter(where.values()))
+        filled = {box: tuple(copy for copy, _ in copies) for box, copies in boxes.items()}
+        if gone := {box: ranks for box, ranks in lost.items() if box not in boxes}:
+            ranks = ", ".join(map(str, sorted({rank for absent in gone.values() for rank in absent})))
+            said = f"states of model-parallel rank {ranks} that hold parts of it are missing"
+            raise _Lost(Broken(name, first.dtype, found.shape, filled, said, gone))
+        if len({expr.dtype for copies in boxes.values() for _, expr in copies}) > 1:
+            raise ValueError("its parts have different element types")
+        expr = assemble_boxes({box: copies[0][1] for box, copies in boxes.items()}, found.shape, first.dtype)
+        expr = expr if found.rows is None else cut(expr, 0, 0, found.rows)
+        stage = max(0, min(stage for stage, _ in where))
+        slices = {box[0]: copies for box, copies in filled.items()}
+        return Placed(name, expr, slices, stage=stage, boxes={box[0]: box for box in filled})
 
-    def _grouped(self, flats: list[list[Expr]]) -> dict[str, Expr]:
-        """Cut the parameters out of each group's ranks one after another (stages 1 and 2)."""
-        found: dict[str, Expr] = {}
-        if len(flats[0]) != len(self.said.shapes):
-            raise ValueError(f"{len(flats[0])} groups of masters and {len(self.said.shapes)} of shapes")
-        for number, shapes in enumerate(self.said.shapes):
-            whole, at = join([rank[number] for rank in flats]), 0
-            need = sum(math.prod(shape) for shape in shapes.values())
-            slack = whole.shape[0] - need
-            if not 0 <= slack < max(2 * self.said.ranks, 1 + need):
-                raise ValueError(f"group {number} holds {whole.shape[0]} elements, its parameters need {need}")
-            for name, shape in shapes.items():
-                size = math.prod(shape)
-                found[name] = reshape(cut(whole, 0, at, at + size), shape)
-                at += size
-        return found
+    def _fill(
+        self, block: Block, part: Expr | None, stage: int, boxes: dict[Box, list[tuple[Copy, Expr]]],
+        lost: dict[Box, tuple[int, ...]],
+    ) -> None:  # fmt: skip
+        rank = stage * self.shape.tensor + block.rank
+        if part is None or missing(part):
+            lost[block.at] = (*lost.get(block.at, ()), rank)
+            return
+        for axis, (start, length) in enumerate(zip(*block.inside, strict=True)):
+            part = cut(part, axis, start, start + length)
+        boxes.setdefault(block.at, []).append((Copy(rank, reads(part)[0], part), part))
 
-    def _each(self, flats: list[list[Expr]]) -> dict[str, Expr]:
-        """Cut every parameter out of all ranks (stage 3)."""
-        found: dict[str, Expr] = {}
-        ranks, at = [join(groups) for groups in flats], 0
-        shapes = {name: shape for group in self.said.shapes for name, shape in group.items()}
-        need = sum(-(-math.prod(shape) // len(ranks)) for shape in shapes.values())
-        if any(flat.shape[0] < need for flat in ranks):
-            raise ValueError(f"a rank holds fewer than the {counted(need, 'element')} of its parameters")
-        for name, shape in shapes.items():
-            share = -(-math.prod(shape) // len(ranks))
-            parts = [cut(flat, 0, at, at + share) for flat in ranks]
-            found[name] = reshape(cut(join(parts), 0, 0, math.prod(shape)), shape)
-            at += share
-        return found
+    def _rule(
+        self, name: str, shapes: Sequence[tuple[int, ...]], place: _Place,
+        held: Mapping[str, Mapping[_Place, Expr]], same: bool,
+    ) -> Blocks:  # fmt: skip
+        """Say how the parts of tensor ranks make up a tensor."""
+        if len(shapes) == 1 or same:
+            return whole(shapes)
+        universal = next(iter(self.said.values())).universal
+        if universal is not None:
+            return universal.blocks(name, shapes)
+        axis = _named(name, len(shapes[0]))
+        if axis is None:
+            return whole(shapes)
+        return halves(shapes) if axis == 0 and gated(name, shapes[0][0], _columns(held, place)) else along(shapes, axis)
 
-    def _frozen(self, name: str, shape: tuple[int, ...]) -> Expr:
-        key = f"frozen_param_fragments.{name}"
-        if self.stage == 2:
-            return reshape(self._of(self.models[0], key), shape)
-        parts = [self._of(file, key) for file in self.models]
-        whole = join([reshape(part, (math.prod(part.shape),)) for part in parts])
-        return reshape(cut(whole, 0, 0, math.prod(shape)), shape)
+    def _odd(self, name: str, where: Mapping[_Place, Expr], problem: str) -> Broken:
+        own: dict[Box, tuple[Copy, ...]] = {}
+        for (stage, tensor), expr in where.items():
+            box = ((0,) * len(expr.shape), expr.shape)
+            copy = Copy(max(stage, 0) * self.shape.tensor + tensor, next(iter(reads(expr)), ""), expr)
+            own[box] = (*own.get(box, ()), copy)
+        return Broken(name, next(iter(where.values())).dtype, None, own, problem)
+
+
+class _Lost(Exception):
+    """A tensor of which missing states held a part."""
+
+    def __init__(self, broken: Broken) -> None:
+        super().__init__(broken.problem)
+        self.broken = broken
+
+
+def _named(name: str, axes: int) -> int | None:
+    """Return the axis of a name that Megatron's rules know, or those of unfused Hugging Face names."""
+    try:
+        return named_axis(name, axes)
+    except ValueError:
+        return module_axis(name, axes)
+
+
+def _columns(held: Mapping[str, Mapping[_Place, Expr]], place: _Place) -> Callable[[str], int | None]:
+    def columns_of(name: str) -> int | None:
+        part = held.get(name, {}).get(place)
+        return part.shape[-1] if part is not None and part.shape else None
+
+    return columns_of

@@ -20,10 +20,11 @@ from ..axes import Expr, ShapeError, cut, join, read
 from ..errors import InputError
 from ..formats.torchvalues import Object, Table, Tensor, kind
 from ..formats.torchzip import TorchSource, open_tree
-from ..formats.untrusted import MAX_TENSORS, shown
+from ..formats.untrusted import MAX_TENSORS, read_word, shown
 from .assembled import Arrangement, Assembled, Copy, Files, Placed
 from .grid import Box
 from .placing import Broken, Findings, grouped, place_whole, settle
+from .tensorrules import gated, named_axis
 
 LATEST = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d{1,12})")
@@ -33,17 +34,6 @@ _MODEL = re.compile(r"model(\d{0,3})")
 _HINT = "take the whole iteration, with the files of every rank"
 _LAYER = re.compile(r"(^|.*\.)layers\.(\d{1,6})\.")
 _EXPERT = re.compile(r"(.*\.local_experts\.)(\d{1,6})(\..*)|(.*\.experts\.linear_fc[12]\.(?:weight|bias))(\d{1,6})()")
-_COLUMN = re.compile(
-    r"(?:.*\.)?(?:word_embeddings|output_layer|linear_qkv|linear_fc1|linear_q_proj|linear_q_up_proj|linear_kv_up_proj"
-    r"|linear_q|linear_kv|query_key_value|query|key_value|dense_h_to_4h|word_embeddings_for_head|lm_head)"
-    r"\.(?:weight|bias)\d*"
-)
-_ROW = re.compile(r"(?:.*\.)?(?:linear_proj|linear_fc2|dense|dense_4h_to_h)\.weight\d*")
-_WHOLE = re.compile(
-    r".*norm\d*\.(?:weight|bias)|.*\.layer_norm_(?:weight|bias)|.*position_embeddings\.weight"
-    r"|.*tokentype_embeddings\.weight|.*\.router\.(?:weight|bias|expert_bias)|.*(?:inv_freq|gate_weight)"
-    r"|(?:.*\.)?(?:linear_proj|linear_fc2|dense|dense_4h_to_h)\.bias\d*|.*\.linear_(?:q|kv)_down_proj\.weight"
-)
 _SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 _EXPERT_TENSOR = "expert_tensor_parallel_size"
 _Place = tuple[int, int, int]
@@ -68,7 +58,7 @@ def iteration(path: Path, step: str | None = None) -> Path | None:
         return None
     latest = path / LATEST
     if step is None and latest.is_file():
-        step = latest.read_text("utf-8", errors="replace")[:32].strip()
+        step = read_word(latest)
     if step is None and len(numbered) == 1:
         return next(iter(numbered.values()))
     if step is None or not step.isdecimal() or int(step) not in numbered:
@@ -307,28 +297,16 @@ class _Megatron:
         if ".experts." in name and self.sizes.get(_EXPERT_TENSOR, self.shape[0]) != self.shape[0]:
             said = f"experts over {self.sizes[_EXPERT_TENSOR]} tensor ranks beside layers over {self.shape[0]}"
             raise ValueError(f"{said} are not supported; save as torch_dist")
-        if _COLUMN.fullmatch(name):
-            return 0
-        if _ROW.fullmatch(name) and axes == 2:
-            return 1
-        if _WHOLE.fullmatch(name):
-            return None
-        raise ValueError("no rule says how tensor parallelism cut it")
+        return named_axis(name, axes)
 
     def _gated(
         self, name: str, parts: Sequence[Expr], where: Mapping[_Place, str], held: Mapping[str, Mapping[_Place, str]]
     ) -> bool:
         """Say whether a first layer holds gate and up rows: it has twice as many as the second has columns."""
-        for first, second in (("linear_fc1", "linear_fc2"), ("dense_h_to_4h", "dense_4h_to_h")):
-            if f"{first}." not in name:
-                continue
-            twin = re.sub(r"\.bias(\d*)$", r".weight\1", name.replace(f"{first}.", f"{second}."))
-            place = next(iter(where))
-            if place not in held.get(twin, {}):
-                raise ValueError(f"{shown(twin)} is not beside it, which tells whether it is gated")
-            columns = self.pieces.specs[held[twin][place]].shape[-1]
-            rows = parts[0].shape[0]
-            if rows not in (columns, 2 * columns):
-                raise ValueError(f"it has {rows} rows a rank, and the second layer {columns} columns")
-            return rows == 2 * columns
-        return False
+        place = next(iter(where))
+
+        def columns_of(twin: str) -> int | None:
+            piece = held.get(twin, {}).get(place)
+            return self.pieces.specs[piece].shape[-1] if piece is not None else None
+
+        return gated(name, parts[0].shape[0], columns_of)

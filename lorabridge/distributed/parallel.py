@@ -21,6 +21,7 @@ COLUMN = (
     "linear_q_up_proj", "linear_kv_up_proj", "linear_fc1", "q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj",
     "up_proj", "gate_up_proj", "query_key_value", "dense_h_to_4h", "dense1", "dense2", "dense3",
 )  # fmt: skip
+UNFUSED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW = ("wo", "w2", "linear_proj", "linear_fc2", "o_proj", "down_proj", "dense_4h_to_h")
 VOCABULARY = ("tok_embeddings", "word_embeddings", "embed_tokens", "lm_head", "output_layer")
 WHOLE = re.compile(r"norm|layernorm|ln_\d|ln_f|rope|inv_freq|router|\bgate\b")
@@ -127,6 +128,23 @@ def _axis(name: str, rank: int, cuts: Sequence[tuple[str, int | None]], known: L
     if WHOLE.search(name) or (rank == 1 and parameter in ("gamma", "beta")):
         return None
     raise ValueError("no rule says how it is cut")
+
+
+def module_axis(name: str, axes: int) -> int | None:
+    """Return the axis that tensor parallelism cuts of a Hugging Face layer that fuses nothing; None: it is whole.
+
+    ValueError for other names: what is fused is cut in one way by one project and in another by the next, and so are
+    embeddings and heads.
+    """
+    module, _, parameter = name.rpartition(".")
+    leaf = module.rpartition(".")[2]
+    if leaf in UNFUSED:
+        return 0
+    if leaf in ("o_proj", "down_proj"):
+        return 1 if axes > 1 else None
+    if WHOLE.search(name) or (axes == 1 and parameter in ("gamma", "beta")):
+        return None
+    raise ValueError("no rule says how tensor parallelism cut it")
 
 
 def _role(module: str) -> str:

@@ -24,7 +24,8 @@ Held = tuple[Box, Copy]
 class Broken:
     """A tensor that the ranks' files do not make up, as far as they tell.
 
-    ``shape``: of the whole, None where nothing tells it; the boxes are then those of each rank's own tensor.
+    ``shape``: of the whole, None where nothing tells it; the boxes are then those of each rank's own tensor. Boxes of
+    one axis count the elements of a tensor that has more.
     ``missing``: boxes that no rank holds, with the ranks that should.
     """
 

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from lorabridge.distributed import open_distributed
-from lorabridge.distributed.deepspeed import _nonzero
 from lorabridge.distributed.dtensors import _OBJECTS, _state
 from lorabridge.distributed.layout import Layout
 from lorabridge.distributed.megatron import _fields, _flat
+from lorabridge.distributed.partitions import _paddings
 from lorabridge.distributed.placing import Findings
 from lorabridge.distributed.strategy import fitted, read_strategy
 from lorabridge.errors import InputError, LorabridgeError
@@ -137,8 +137,9 @@ def test_sharing_and_cycles_cost_nothing() -> None:
     for _ in range(60):
         nest = [nest] * 50
     nest.append(nest)
-    assert not _nonzero(nest)
-    assert _nonzero([nest, 1])
+    with pytest.raises(ValueError, match="param_alignment_paddings is a list"):
+        _paddings(nest)
+    assert _paddings([[0, 2], [3]]) == ((0, 2), (3,))
 
 
 def test_a_model_of_shared_tables_ends() -> None:
