@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError, OutputError
+from ..errors import InputError, OutputError, UsageError
+from ..files import placeholders
 from ..files.fsio import StagingArea, find_staging, remove_staging
 
 
@@ -30,6 +31,9 @@ def clean(directory: Path, *, dry_run: bool = False) -> CleanReport:
     What a killed ``--overwrite`` had set aside is put back first. Raises InputError when ``directory`` is none,
     StorageError when the operating system refuses.
     """
+    if placeholders.destination(directory) is not None:
+        hint = "run the command that was killed again, with the same target: it writes over what is there"
+        raise UsageError("what a killed upload left in a store is not removed", where=str(directory), hint=hint)
     if not directory.is_dir():
         raise InputError("not a directory", where=str(directory), hint="name the directory that holds the outputs")
     removed: list[StagingArea] = []

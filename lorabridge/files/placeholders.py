@@ -16,11 +16,13 @@ import json
 import os
 import re
 import threading
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 from .. import errors
 from . import stores
+from .staging import try_lock
 from .stores import Remote, Store
 
 MARKER = "lorabridge-commit.json"
@@ -31,6 +33,7 @@ MOST = 100_000
 """Objects that are listed below one name."""
 _URL = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]+):/{1,2}(?P<key>[^/].*)", re.DOTALL)
 _LOCAL = ("file", "local")
+_PREFIX, _LOCK = "lorabridge-remote-", "lock"
 
 
 class _Placed:
@@ -45,11 +48,7 @@ class _Placed:
     def path(self, store: Store, key: str) -> Path:
         """Return where an object's placeholder lies, whether or not it is there."""
         if not self._root:
-            import shutil
-            import tempfile
-
-            self._root = os.path.realpath(tempfile.mkdtemp(prefix="lorabridge-remote-"))
-            atexit.register(shutil.rmtree, self._root, ignore_errors=True)
+            self._root = _new_root()
             errors.speak_with(spoken)
         parts = key.split("/")
         if any(part in ("", ".", "..") or "\0" in part for part in parts):
@@ -77,6 +76,24 @@ class _Placed:
 
 
 _PLACED = _Placed()
+
+
+def _new_root() -> str:
+    """Make the directory of this process, which goes when the process ends, and take away those of killed ones."""
+    import shutil
+    import tempfile
+
+    root = os.path.realpath(tempfile.mkdtemp(prefix=_PREFIX))
+    lock = os.open(f"{root}/{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # held until the process ends
+    try_lock(lock)
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    for left in Path(root).parent.glob(f"{_PREFIX}*/{_LOCK}"):
+        with suppress(OSError):
+            fd = os.open(left, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            if os.fstat(fd).st_uid == os.geteuid() and try_lock(fd):
+                shutil.rmtree(left.parent, ignore_errors=True)
+            os.close(fd)
+    return root
 
 
 def fill(path: Path, url: str) -> None:

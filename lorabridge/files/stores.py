@@ -32,6 +32,7 @@ TOGETHER = 4
 """Parts of one object that are sent at the same time; each takes memory."""
 
 _PACKAGES = {"s3": "s3fs", "obs": "s3fs", "hf": "huggingface_hub"}
+_SETTINGS = {"hf": "HF_ENDPOINT, HF_TOKEN"}
 _VERSIONS = ("ETag", "blob_id", "sha", "md5", "etag", "LastModified", "last_modified", "created", "mtime")
 """What stores call that which changes when an object is written again; the first that a store has counts."""
 
@@ -58,8 +59,9 @@ class Store:
             hint = "check the name, and the store's endpoint"
             raise InputError("no such object", where=self.url(key), hint=hint) from error
         except Exception as error:  # every store has classes of its own, most of them no OSError
-            name = self.protocol.upper()
-            hint = f"check network, keys and endpoint (FSSPEC_{name}_ENDPOINT_URL, FSSPEC_{name}_KEY ...)"
+            name = f"FSSPEC_{self.protocol.upper()}"
+            told = _SETTINGS.get(self.protocol, f"{name}_ENDPOINT_URL, {name}_KEY ...")
+            hint = f"check the network, the keys and the endpoint ({told})"
             raise StorageError(f"the store refused: {_first_line(error)}", where=self.url(key), hint=hint) from error
 
     def entries(self, key: str) -> dict[str, Remote]:
@@ -76,8 +78,8 @@ class Store:
         try:
             for info in self.files.ls(parent, detail=True):
                 yield info["name"], info
-        except (FileNotFoundError, NotImplementedError, PermissionError):
-            return  # nothing is there yet, or only objects whose names are known may be read
+        except (FileNotFoundError, NotImplementedError, PermissionError, ValueError):
+            return  # nothing is there yet, or only what is named may be read: a hub lists no one's repositories
 
     def object(self, key: str) -> Remote | None:
         """Return what is under a name now, None where nothing is."""

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -289,7 +294,7 @@ def test_locations_that_lead_nowhere(
 def test_without_the_extra_the_cure_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stores.store.cache_clear()
     monkeypatch.setattr(stores, "find_spec", lambda name: None)
-    monkeypatch.delitem(__import__("sys").modules, "s3fs", raising=False)
+    monkeypatch.delitem(sys.modules, "s3fs", raising=False)
     with pytest.raises(UsageError, match="s3fs not installed") as caught:
         lorabridge.convert("s3://a/b", tmp_path / "out.ckpt")
     assert "lorabridge[remote]" in caught.value.hint
@@ -344,3 +349,39 @@ def test_an_area_of_the_store_keeps_only_open_files_on_disk(bucket: str, s3: S3F
         assert marker(s3, f"{bucket}/out/lorabridge-commit.json")["state"] == "writing"
         area.commit()
     assert marker(s3, f"{bucket}/out/lorabridge-commit.json")["state"] == "committed"
+
+
+def test_large_objects_travel_in_blocks_and_parts(
+    send: Send, s3: S3FileSystem, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "PART", 5 << 20)  # the least that S3 allows
+    rng = np.random.default_rng(3)
+    save_file({"w": rng.standard_normal((3000, 1500)).astype(np.float32)}, tmp_path / "model.safetensors")
+    kept = lorabridge.ConvertOptions(family="identity", target_dialect="ms")
+    url = send(tmp_path / "model.safetensors", "model.safetensors")
+    lorabridge.convert(url, f"s3://{bucket}/model.ckpt", kept)
+    lorabridge.convert(f"s3://{bucket}/model.ckpt", tmp_path / "back.safetensors")
+    assert s3.info(f"{bucket}/model.ckpt")["ETag"].strip('"').endswith("-4")  # as many parts as were sent
+    assert tensors(tmp_path / "back.safetensors") == tensors(tmp_path / "model.safetensors")
+
+
+def test_cleaning_a_store_is_refused_with_what_to_do(bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["clean", f"s3://{bucket}/out"]) == 2
+    assert "run the command" in capsys.readouterr().err
+
+
+def test_a_killed_run_leaves_a_directory_that_the_next_one_removes(
+    options: dict[str, object], send: Send, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import os, signal; from lorabridge.files import placeholders as p, stores as s;"
+        "p._PLACED.path(s.Store('s3', None), 'bucket/key'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environ, check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    own = placeholders.input_path(send(EXAMPLE, "adapter"))
+    assert not left.exists()
+    assert own.is_dir()
+    assert own.is_relative_to(tmp_path)
