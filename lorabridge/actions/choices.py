@@ -41,6 +41,7 @@ class ConvertOptions:
     facts: Facts = field(default_factory=Facts)
     dtype: str | None = None
     on_overflow: str = "error"
+    dequantize: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: str | None = None
@@ -237,6 +238,7 @@ def settings_for(given: Input, choice: Choice, options: ConvertOptions) -> Setti
         adapter_only=options.adapter_only,
         dtype=dtype_named(options.dtype) if options.dtype else None,
         on_overflow=options.on_overflow,
+        dequantize=options.dequantize,
     )
 
 

@@ -312,7 +312,9 @@ def _companions(
     if job.choice.output.directory:
         files |= {name: _placed(text, job.choice.output.target) for name, text in job.files.items()}
     if job.choice.output.directory and job.choice.goal.name == "hf" and given.model_config is not None:
-        files[MODEL_CONFIG] = json.dumps(dict(given.model_config), indent=2, sort_keys=True) + "\n"
+        gone = {"quantization_config"} if job.manifest is not None and "dequantize" in job.manifest.options else set()
+        said = {key: value for key, value in given.model_config.items() if key not in gone}
+        files[MODEL_CONFIG] = json.dumps(said, indent=2, sort_keys=True) + "\n"
     if job.manifest is not None:
         kept = job.manifest
         record = replace(kept, digests=digests or kept.digests, residues={**kept.residues, **notes.residues})

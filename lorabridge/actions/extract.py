@@ -18,6 +18,7 @@ from ..arithmetic.floats import values
 from ..conversion.forward import dialect_named
 from ..conversion.repository import framework_of
 from ..dialects.adapter import Adapter, Extra, Facts, LoraModule, Scaling, Term
+from ..dialects.blockscales import refuse_scaled
 from ..errors import InputError, UsageError
 from ..joined import Joined, prefixed
 from ..merging.identity import BASE_KEY, BaseMark, weight_mark
@@ -82,6 +83,8 @@ def extract(
         for side in sides:
             stack.callback(side.close)
         _check_models(sides)
+        for side in sides:
+            refuse_scaled(side.adapter, "be compared as numbers")
         goal = _goal(target, sides, options)
         if not options.dry_run:
             check_free(goal)

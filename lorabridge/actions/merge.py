@@ -11,6 +11,7 @@ from ..arithmetic import numerics
 from ..axes import Expr, computes, read, reads
 from ..conversion import plan
 from ..conversion.forward import Forward
+from ..dialects.blockscales import refuse_scaled
 from ..errors import MappingError
 from ..joined import prefixed
 from ..merging.identity import MERGED_KEY, base_of, merged_mark
@@ -107,7 +108,9 @@ def merge(
 
 def plan_merge(given: Opened, target: Path | str, options: MergeOptions) -> MergeJob:
     """Decide everything from headers: where each module lands, the target's names, the steps."""
-    base = prefixed(given.origin.parse(given.base.content()), merge_inputs.BASE, given.base.source.specs)
+    parsed = given.origin.parse(given.base.content())
+    refuse_scaled(parsed, "take an adapter in")
+    base = prefixed(parsed, merge_inputs.BASE, given.base.source.specs)
     merged = merge_headers(
         base, merge_inputs.additions(given, base, options), config=given.base.model_config, exact=options.exact,
         residual_base=options.residual_base, same=comparing(given.joined),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .. import dialects
 from ..axes import Expr, cast, reads
-from ..dialects import deltas, experts, factors
+from ..dialects import blockscales, deltas, experts, factors
 from ..dialects.adapter import Adapter, Content, Dialect, Fact, Facts, Json, LoraModule
 from ..dialects.peft_config import unsupported_fields
 from ..dialects.peft_write import of_part
@@ -31,6 +31,7 @@ class Settings:
     """What a conversion depends on beside the source's headers.
 
     ``compress``: per target module path the rank to which its factors are compressed (see ``factors.compress``).
+    ``dequantize``: multiply float8 weights by the scales of their blocks (see ``dialects.blockscales``).
     """
 
     family: str = "identity"
@@ -43,6 +44,7 @@ class Settings:
     dtype: DType | None = None
     on_overflow: str = "error"
     compress: Mapping[str, int] = field(default_factory=dict)
+    dequantize: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
     adapter = source.parse(content)
     if target.framework == "torch":
         adapter = _without_texts(adapter)
+    if settings.dequantize:
+        adapter = blockscales.dequantized(adapter, settings.model_config, settings.dtype)
     _check_factors(adapter, target)
     adapter, unselected = select(adapter, settings.selection)
     if unselected:
@@ -88,6 +92,7 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
     before = set(tensors_of(adapter.modules, adapter.extras))
     table = _table(source, target, settings)
     if table is not None:
+        blockscales.refuse_scaled(adapter, "go through a table of names")
         settings = replace(settings, layout=_layout(table, settings))
     mapped = adapter if table is None else _map(adapter, table, target, settings)
     ties = () if table is None else _ties(adapter, table, target, settings)
@@ -293,6 +298,8 @@ def options_text(settings: Settings) -> dict[str, str]:
         out["layers"] = settings.selection.layers
     if settings.adapter_only:
         out["adapter_only"] = "true"
+    if settings.dequantize:
+        out["dequantize"] = "true"
     if settings.dtype is not None:
         out |= {"dtype": settings.dtype.name, "on_overflow": settings.on_overflow}
     return out
@@ -320,6 +327,7 @@ def settings_from(
         dtype=BY_NAME[dtype] if dtype else None,
         on_overflow=options.get("on_overflow", "error"),
         compress={path: int(rank) for path, rank in group("compress.").items()},
+        dequantize="dequantize" in options,
     )
 
 
