@@ -94,12 +94,8 @@ class _DeepSpeed:
         """Say what wrote the checkpoint."""
         parts = [f"deepspeed ZeRO-{self.stage}" if self.stage else "deepspeed"]
         parts += [f"{letters}{n}" for letters, n in (("TP", self.shape.tensor), ("PP", self.shape.stages)) if n > 1]
-        cut_ = (
-            f", each in the partitions of {self.shape.data}"
-            if self.stage and min(self.shape.model, self.shape.data) > 1
-            else ""
-        )
-        return " ".join(parts) + cut_
+        many = self.stage and min(self.shape.model, self.shape.data) > 1
+        return " ".join(parts) + (f", each in the partitions of {self.shape.data}" if many else "")
 
     def place(self) -> dict[str, Placed]:
         """Return every tensor under its name in the whole."""
