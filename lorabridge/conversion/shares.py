@@ -11,7 +11,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -154,14 +154,23 @@ def shares(
     for stop, size in enumerate(sizes, 1):
         held += size
         if held >= target or stop == len(sizes):
-            mine = tuple(tasks[start:stop])
+            mine = tuple(_anywhere(task) for task in tasks[start:stop])
             outputs = dict.fromkeys(piece.output for task in mine for piece in task.pieces)
-            files = {os.path.abspath(e.path) for task in mine for piece in task.pieces for e in piece.extents}
+            files = {str(extent.path) for task in mine for piece in task.pieces for extent in piece.extents}
             yield Share(
-                terms, mine, held, {name: places[name] for name in outputs}, {file: stamps[file] for file in files},
-                arithmetic.elsewhere(), digests,
+                terms, mine, held, {name: _absolute(places[name]) for name in outputs},
+                {file: stamps[file] for file in files}, arithmetic.elsewhere(), digests,
             )  # fmt: skip
             start, held = stop, 0
+
+
+def _anywhere(task: Task) -> Task:
+    """Return a task that can be done in any directory."""
+    return replace(task, pieces=tuple(replace(piece, extents=_absolute(piece.extents)) for piece in task.pieces))
+
+
+def _absolute(extents: Sequence[Extent]) -> tuple[Extent, ...]:
+    return tuple(replace(extent, path=Path(os.path.abspath(extent.path))) for extent in extents)
 
 
 def do(share: Share) -> Done | Refused:

@@ -1,4 +1,4 @@
-"""The Ray engine: the bytes of a local run from two machines, one of which dies; and shares without any cluster."""
+"""The Ray engine without a cluster: shares of a run, what machines are asked, and addresses."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray_sources
+from ray_sources import Slow, whole, written
 from safetensors.numpy import save_file
 
 from lorabridge import formats
@@ -24,8 +25,8 @@ from lorabridge.actions.reshard import ReshardOptions, reshard
 from lorabridge.axes import cast, read, scale
 from lorabridge.conversion import endpoint, engines, execute, shares, survey
 from lorabridge.conversion.accounts import Numeric
-from lorabridge.conversion.engines import Engine, Work
-from lorabridge.conversion.plan import Plan, build
+from lorabridge.conversion.engines import Engine
+from lorabridge.conversion.plan import build
 from lorabridge.conversion.shares import InputOpener
 from lorabridge.conversion.tasks import cut
 from lorabridge.distributed import open_distributed
@@ -40,61 +41,13 @@ RANKS = DATA / "ranks" / "tp4pp2_opt2"
 FROM = (DATA / "strategies" / "tp4pp2_opt2" / "merged.ckpt",)
 TO = (DATA / "strategies" / "tp4pp2_opt_all" / "merged.ckpt",)
 RAY = Engine("ray")
-TENSORS = 24
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@dataclass(frozen=True)
-class Slow:
-    """An opener whose source takes its time for every tensor and notes which process read it.
-
-    ``meet``: nobody goes on before so many processes read. ``deadly``: tensors whose first reader dies.
-    """
-
-    source: Path
-    notes: Path
-    seconds: float = 0.0
-    meet: int = 0
-    deadly: tuple[str, ...] = ()
-
-    def open(self) -> Source:
-        source = InputOpener(self.source).open()
-        inner = source.read
-
-        def read(name: str, rows: tuple[int, int] | None = None) -> np.ndarray:
-            first = self.notes / f"first-{name}"
-            (self.notes / f"{name}-{os.getpid()}").touch()
-            if name in self.deadly and not first.exists():
-                first.touch()
-                os._exit(1)
-            self.wait()
-            time.sleep(self.seconds)
-            return inner(name, rows)
-
-        source.read = read  # type: ignore[method-assign]
-        source.extents = lambda name: ()  # type: ignore[method-assign]
-        return source
-
-    def wait(self) -> None:
-        until = time.monotonic() + 60
-        while not (self.notes / "met").exists() and time.monotonic() < until:
-            if len({path.name.rpartition("-")[2] for path in self.notes.iterdir()}) >= self.meet:
-                (self.notes / "met").touch()
-            time.sleep(0.01)
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(11)
-    tensors = {f"layers.{i}.weight": rng.standard_normal((1025, 1024)).astype(np.float32) for i in range(TENSORS)}
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "ms"})
-    (tmp_path / "notes").mkdir()
-    return tmp_path / "model.safetensors"
+    return ray_sources.model(tmp_path)
 
 
 @dataclass(frozen=True)
@@ -108,22 +61,6 @@ class Swapped(InputOpener):
         placed["n.b0.up.w"], placed["n.b1.up.w"] = placed["n.b1.up.w"], placed["n.b0.up.w"]
         source.arrangement = replace(source.arrangement, placed=placed)
         return source
-
-
-def whole(source: Source) -> Plan:
-    return build(source.specs, [(name, read(spec)) for name, spec in source.specs.items()])
-
-
-def written(opener: shares.Opener, target: Path, engine: Engine, progress: engines.Progress | None = None) -> bytes:
-    source = opener.open()
-    with Staging(target, digest="0" * 12, overwrite=False, directory=False) as staging:
-        format = formats.format_for(target)
-        sink = formats.make_sink(format, staging.create, target.name, flavour="ms")
-        engines.run(whole(source), source, sink, engine=engine, work=Work(opener, staging.path, format),
-                    arithmetic=Numeric(), metadata={}, workers=0, progress=progress)  # fmt: skip
-        staging.commit()
-    source.close()
-    return target.read_bytes()
 
 
 def cut_in_shares(
