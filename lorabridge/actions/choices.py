@@ -226,10 +226,11 @@ def families(given: Input, origin: Dialect, options: ConvertOptions) -> list[str
 def settings_for(given: Input, choice: Choice, options: ConvertOptions) -> Settings:
     """Return what the forward plan depends on; layout choices of the manifest hold where none are given."""
     layout = dict(options.layout)
-    if choice.kept is not None and choice.family in (None, choice.kept.named[0]):
+    named = None if choice.kept is None else choice.kept.named[0]
+    if choice.kept is not None and choice.family in (None, named):
         layout = {**choice.kept.named[1], **layout}
     return Settings(
-        family=choice.family or "identity",
+        family=choice.family or named or "identity",
         layout=layout,
         mappings=options.mappings,
         model_config=given.model_config,

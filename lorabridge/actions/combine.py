@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..conversion.repository import Framework
+from ..conversion.repository import read_json
 from ..conversion.selection import Selection, select
-from ..dialects.adapter import Adapter, Extra, Facts, LoraModule, Value
+from ..dialects import naming
+from ..dialects.adapter import Adapter, Extra, Facts, Json, LoraModule, Value
 from ..dialects.peft_config import changes_base
 from ..dialects.peft_write import of_part
 from ..errors import InputError, MappingError, UsageError
@@ -48,6 +49,7 @@ class CombineOptions:
     seed: int = 0
     target_dialect: str | None = None
     family: str | None = None
+    config: Path | None = None
     layout: Mapping[str, str] = field(default_factory=dict)
     mappings: Path | None = None
     facts: Facts = field(default_factory=Facts)
@@ -90,9 +92,10 @@ def combine(
         inputs = {f"in{i}": side.source for i, side in enumerate(sides)}
         work = _Work(options, Joined(inputs), spool)
         options = _told(sides, options)
-        adapter, rows, warnings = work.run(_ready(sides, options, goal.dialect.framework), progress)
+        config = read_json(options.config) if options.config is not None else _model_config(sides)
+        adapter, rows, warnings = work.run(_ready(sides, options, naming(goal.dialect), config), progress)
         joined = Joined({**inputs, spool.key: spool})
-        origin, apart = _origin(sides, options)
+        origin, apart = _origin(sides, options, config)
         warnings = (*warnings, *apart)
         package = pack(adapter, joined, goal, origin, dtype=dtype_named(options.dtype) if options.dtype else None)
         if not options.dry_run:
@@ -140,23 +143,29 @@ def _told(sides: Sequence[Side], options: CombineOptions) -> CombineOptions:
 
 
 def _check_names(sides: Sequence[Side], options: CombineOptions) -> None:
-    """Refuse adapters of two frameworks that have no module's name in common, where no table is named."""
+    """Refuse adapters in two projects' names that have no module's name in common, where no table is named."""
     first = sides[0]
     own = {module.path for module in first.adapter.modules}
     strange = [
         side for side in sides[1:]
-        if side.dialect.framework != first.dialect.framework
+        if side.names != first.names
         and not own & {module.path for module in side.adapter.modules}
     ]  # fmt: skip
     if strange and options.family is None:
         raise UsageError(
-            "the adapters have the names of two frameworks",
+            "the adapters have the names of two frameworks or projects",
             where=[f"{side.path}: {side.adapter.modules[0].path}" for side in (first, *strange)],
             hint="name the table between them with --family; `lorabridge tables list` shows the known ones",
         )
 
 
-def _origin(sides: Sequence[Side], options: CombineOptions) -> tuple[Origin, tuple[str, ...]]:
+def _model_config(sides: Sequence[Side]) -> Json | None:
+    return next((side.given.model_config for side in sides if side.given.model_config), None)
+
+
+def _origin(
+    sides: Sequence[Side], options: CombineOptions, config: Json | None
+) -> tuple[Origin, tuple[str, ...]]:  # fmt: skip
     """Say what the adapter was made from, and for which base where the inputs agree; also return warnings."""
     found = [(side, base_mark(side.source.metadata, where=side.path)) for side in sides]
     known = [(side, mark) for side, mark in found if mark is not None]
@@ -167,7 +176,6 @@ def _origin(sides: Sequence[Side], options: CombineOptions) -> tuple[Origin, tup
             apart[side.path] = None
         weights |= mark.weights
     words = f"combined ({options.method}) from {', '.join(side.given.path.name for side in sides)}"
-    config = next((side.given.model_config for side in sides if side.given.model_config), None)
     origin = Origin(words, options.family, options.layout, config)
     if apart:
         said = f"the adapters were made for different bases: {known[0][0].path}, {', '.join(apart)}; none is recorded"
@@ -177,9 +185,10 @@ def _origin(sides: Sequence[Side], options: CombineOptions) -> tuple[Origin, tup
     return origin, ()
 
 
-def _ready(sides: Sequence[Side], options: CombineOptions, framework: Framework) -> list[Adapter]:
+def _ready(
+    sides: Sequence[Side], options: CombineOptions, names: str, config: Json | None
+) -> list[Adapter]:  # fmt: skip
     """Return the adapters in the target's names, selected, each over the joined sources."""
-    config = next((side.given.model_config for side in sides if side.given.model_config), None)
     way = named_route(Told(options.family, options.layout, options.mappings), config)
     bare = [side.path for side in sides if not side.adapter.modules]
     if bare:
@@ -187,7 +196,7 @@ def _ready(sides: Sequence[Side], options: CombineOptions, framework: Framework)
     _check_names(sides, options)
     _refuse(sides)
     adapters = _selected([side.adapter for side in sides], options)
-    carried = [way.carry(a, s.dialect.framework, framework) for a, s in zip(adapters, sides, strict=True)]
+    carried = [way.carry(a, s.names, names) for a, s in zip(adapters, sides, strict=True)]
     return [prefixed(a, f"in{i}", s.source.specs) for i, (a, s) in enumerate(zip(carried, sides, strict=True))]
 
 

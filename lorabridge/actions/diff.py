@@ -82,7 +82,7 @@ def _common(one: Side, two: Side, options: DiffOptions) -> tuple[Adapter, Adapte
     kept = next((one for one in known if one.options.get("family", "identity") != "identity"), None)
     way = route(one, two, (), kept, Told(options.family, options.layout, options.mappings))
     wanted = Selection(options.include, options.exclude)
-    carried = way.carry(one.adapter, one.dialect.framework, two.dialect.framework)
+    carried = way.carry(one.adapter, one.names, two.names)
     mine, gone = select(carried, wanted)
     theirs, also = select(two.adapter, wanted)
     return mine, theirs, max(len(gone), len(also))

@@ -17,6 +17,7 @@ from ..arithmetic import svd
 from ..arithmetic.floats import values
 from ..conversion.forward import dialect_named
 from ..conversion.repository import framework_of
+from ..dialects import naming
 from ..dialects.adapter import Adapter, Extra, Facts, LoraModule, Scaling, Term
 from ..dialects.blockscales import refuse_scaled
 from ..errors import InputError, UsageError
@@ -136,18 +137,18 @@ def _goal(target: Path | str, sides: list[Side], options: ExtractOptions) -> Tar
 
 def _pair(sides: list[Side], goal: Target, options: ExtractOptions) -> Pair:
     """Bring both models to the target's names."""
-    framework = goal.dialect.framework
+    names = naming(goal.dialect)
     family = options.family
-    crossing = [side.path for side in sides if side.dialect.framework != framework]
+    crossing = [side.path for side in sides if side.names != names]
     if crossing and family is None:
         raise UsageError(
-            f"a model has the other framework's names than the {goal.dialect.name} target", where=crossing,
+            f"a model has other names than the {goal.dialect.name} target", where=crossing,
             hint="name its table with --family, or --family identity where the names are the same",
         )  # fmt: skip
     config = next((side.given.model_config for side in reversed(sides) if side.given.model_config), None)
     way = named_route(Told(family, options.layout, options.mappings), config)
-    base, tuned = (way.carry(side.adapter, side.dialect.framework, framework) for side in sides)
-    return Pair(base, sides[0].source, tuned, sides[1].source, framework, family, options.mappings, config)
+    base, tuned = (way.carry(side.adapter, side.names, names) for side in sides)
+    return Pair(base, sides[0].source, tuned, sides[1].source, names, family, options.mappings, config)
 
 
 class _Work:
@@ -230,9 +231,8 @@ def _difference(one: Changed, pair: Pair) -> tuple[svd.Blocks, tuple[int, int]]:
 def _origin(changes: Changes, sides: list[Side], pair: Pair, options: ExtractOptions) -> Origin:
     """Say what the adapter was made from, and which base it is for."""
     base, tuned = (side.given.path.name for side in sides)
-    side = "hf" if pair.framework == "torch" else "ms"
     weights = {one.name: weight_mark(one.base, pair.base_source) for one in changes.matrices}
-    mark = BaseMark(side, base, weights)
+    mark = BaseMark(pair.names, base, weights)
     words = f"extracted from {tuned} and {base}"
     return Origin(words, options.family, options.layout, pair.config, {BASE_KEY: mark.as_text()})
 

@@ -13,7 +13,6 @@ import numpy as np
 from ..arithmetic import floats
 from ..arithmetic.floats import Bits
 from ..axes import Expr
-from ..conversion.repository import Framework
 from ..dialects.adapter import Adapter, Extra, Facts, Json, ModuleKind
 from ..dialects.pairs import EMBEDDING_WEIGHTS
 from ..dialects.readings import EMBEDDING_WORDS
@@ -36,7 +35,7 @@ class Pair:
     base_source: Source
     tuned: Adapter
     tuned_source: Source
-    framework: Framework
+    names: str
     family: str | None
     mappings: Path | None
     config: Json | None
@@ -190,7 +189,7 @@ class _Sorting:
         self._save = save
         self._facts = facts
         self._problems = problems
-        self._side: SideName = "ms" if pair.framework == "mindspore" else "hf"
+        self._side: SideName = "hf" if pair.names == "hf" else "ms"
         self._index = _index(pair, self._side)
         self.warnings: list[str] = []
 

@@ -65,29 +65,37 @@ def inspect(
         modules, factors, wrong = with_values(
             given.source, modules, read, norms=norms, module=module, progress=progress
         )
-        families = _families(given, guess.origin, adapter, mappings)
+        families = _families(given, guess.origin, adapter, "", mappings)
         found = _describe(given, guess, adapter, modules, (*problems, *wrong))
         return replace(found, families=tuple(families), factors=factors, ranks=ranks)
     finally:
         given.source.close()
 
 
-def family_candidates(given: Input, origin: Dialect, *, mappings: Path | None = None) -> list[str]:
+def family_candidates(
+    given: Input, origin: Dialect, *, project: str = "", mappings: Path | None = None
+) -> list[str]:  # fmt: skip
     """Return the family tables that know every name of a checkpoint, those for its config's model_type first.
 
-    A checkpoint that cannot be parsed as ``origin`` has none. An InputError names a malformed table in ``mappings``.
+    Tables lead between Hugging Face's names and MindSpore's, or those of a ``project`` of ``dialects.NAMES``. A
+    checkpoint that cannot be parsed as ``origin`` has none. An InputError names a malformed table in ``mappings``.
     """
     facts = given.stated.then(given.manifest.facts) if given.manifest is not None else given.stated
     adapter = _parse(origin, given.content(facts), [])
-    return _families(given, origin, adapter, mappings)
+    return _families(given, origin, adapter, project, mappings)
 
 
-def _families(given: Input, origin: Dialect, adapter: Adapter | None, mappings: Path | None) -> list[str]:
+def _families(
+    given: Input, origin: Dialect, adapter: Adapter | None, project: str, mappings: Path | None
+) -> list[str]:  # fmt: skip
     if adapter is None:
         return []
+    own = dialects.naming(origin)
+    project = project or (own if own not in ("hf", "ms") else "")
     known = tables.load_tables(mappings)
     names = [*(module.path for module in adapter.modules), *(extra.name for extra in adapter.extras)]
-    fitting = tables.detect_family(known, names, "hf" if origin.framework == "torch" else "ms")
+    known = {family: table for family, table in known.items() if dialects.project_of(family) == project}
+    fitting = tables.detect_family(known, names, "hf" if own == "hf" else "ms")
     model_type = (given.model_config or {}).get("model_type")
     return sorted(fitting, key=lambda family: model_type not in known[family].model_types)
 

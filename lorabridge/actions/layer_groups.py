@@ -58,8 +58,8 @@ def groups(case: Case) -> tuple[tuple[LoraModule, ...], tuple[Group, ...], tuple
     modules = first_modules(case)
     markers = tuple(_marker(number, module) for number, module in enumerate(modules))
     carried = case.route.carry(
-        replace(case.first.adapter, modules=markers, extras=()), case.first.dialect.framework,
-        case.second.dialect.framework,
+        replace(case.first.adapter, modules=markers, extras=()), case.first.names,
+        case.second.names,
     )  # fmt: skip
     arrived = {(m.path, _weight(m)): m for m in carried.modules}
     theirs = {(m.path, _weight(m)): m for m in case.second.adapter.modules}

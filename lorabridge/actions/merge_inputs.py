@@ -25,6 +25,7 @@ from ..merging.planning import Addition
 from .choices import source_dialect
 
 BASE = "base"
+_WHOSE = {"hf": "PyTorch", "ms": "MindSpore"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,17 +184,23 @@ def _on_side(
     known = {extra.name for extra in base.extras}
     moved, _ = moved_prefix(adapter, known)
     told = options.family not in (None, "identity")
-    here = dialect.framework == given.origin.framework and not adapter.config.get("layer_replication")
+    here = dialects.naming(dialect) == dialects.naming(given.origin) and not adapter.config.get("layer_replication")
     if here and told and not _lands(moved, known, whole=True):
         return [_respelled(adapter, moved, base, given, options)]
-    if dialect.framework == given.origin.framework or _lands(moved, known, whole=told):
+    if dialects.naming(dialect) == dialects.naming(given.origin) or _lands(moved, known, whole=told):
         return [adapter]
     if not told:
         raise UsageError(
-            f"the adapter has {'MindSpore' if dialect.framework == 'mindspore' else 'PyTorch'} names, the base has not",
+            f"the adapter has {_WHOSE.get(dialects.naming(dialect), dialect.name)} names, the base has not",
             where=[adapter.modules[0].path if adapter.modules else given.labels[0]],
             hint="pass --family NAME; `lorabridge tables list` lists the known ones",
         )
+    project = dialects.naming(dialect)
+    if project not in ("hf", "ms") and given.origin.name != "hf":
+        raise MappingError(
+            f"no table leads from {project}'s names to those of the base", where=given.labels[0],
+            hint="convert the adapter to peft first (--to peft)",
+        )  # fmt: skip
     table = tables.load_family(str(options.family), options.mappings)
     sizes = tables.sizes_from_config(table, given.base.model_config) if given.base.model_config else None
     side = "hf" if given.origin.framework == "torch" else "ms"

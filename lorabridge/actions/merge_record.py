@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import __version__, manifest
 from ..conversion.plan import Plan
 from ..conversion.repository import Output
-from ..dialects import NAMES
+from ..dialects import project_of
 from ..dialects.adapter import Dialect, Fact, Facts, Json, Value
 from ..errors import InputError, counted
 from ..manifest import Manifest
@@ -129,15 +129,10 @@ def record(
     words = f"{given.base.path.name} and {counted(len(given.adapters), 'adapter')}"
     other = "ms" if goal.name == "hf" else "hf"
     named = {f"layout.{key}": value for key, value in options.layout.items()}
-    known = {"family": options.family, **named} if options.family is not None and crosses(options.family) else {}
+    known = {"family": options.family, **named} if options.family is not None and not project_of(options.family) else {}
     return Manifest(
         __version__, manifest.Side("", other, words, ()),
         manifest.Side(output.format, goal.name, output.file, tuple(planned.specs)), known, Facts(), Facts(),
         Facts((Fact("*", "merged", True),)), planned.digest, model_config=config,
         recipe=None if made is None else made.as_json(),
     )  # fmt: skip
-
-
-def crosses(family: str) -> bool:
-    """Say whether a table leads from one framework's names to the other's, not to those of another project."""
-    return not any(family.endswith(f"_{project}") for project in set(NAMES.values()) - {"hf"})

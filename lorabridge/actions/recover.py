@@ -13,7 +13,7 @@ import numpy as np
 
 from ..arithmetic.floats import Numbers, values
 from ..axes import Expr, read
-from ..conversion.repository import Framework, open_input
+from ..conversion.repository import open_input
 from ..dialects.adapter import Adapter, Extra, Fact, Facts, LoraModule
 from ..dialects.pairs import weight_names
 from ..errors import InputError, LorabridgeError, MappingError
@@ -111,9 +111,9 @@ def recover(
         for path in (base, merged):
             models.append(open_side(path, facts=stand_in, role=("BASE", "MERGED")[len(models)]))
             stack.callback(models[-1].close)
-        given, source, framework, unknowns, own, side = _unknowns(adapter, options, stand_in, stack)
+        given, source, names, unknowns, own, side = _unknowns(adapter, options, stand_in, stack)
         way = _way(models, side, options)
-        before, after = (_parameters(way.carry(m.adapter, m.dialect.framework, framework)) for m in models)
+        before, after = (_parameters(way.carry(m.adapter, m.names, names)) for m in models)
         work = _Work(before, models[0].source, after, models[1].source, own, source)
         rows = []
         for done, one in enumerate(unknowns):
@@ -135,14 +135,14 @@ def _way(models: Sequence[Side], adapter: Side | None, options: RecoverOptions) 
     """Return the route from the models' names to the adapter's: of a file that no dialect reads only what is named."""
     told = Told(options.family, options.layout, options.mappings)
     if adapter is not None:
-        other = next((m for m in models if m.dialect.framework != adapter.dialect.framework), models[0])
+        other = next((m for m in models if m.names != adapter.names), models[0])
         return route(other, adapter, models, adapter.kept, told)
     return named_route(told, next((side.given.model_config for side in models if side.given.model_config), None))
 
 
 def _unknowns(
     path: Path | str, options: RecoverOptions, stand_in: Facts, stack: ExitStack
-) -> tuple[str, Source, Framework, list[Unknown], dict[str, Expr], Side | None]:
+) -> tuple[str, Source, str, list[Unknown], dict[str, Expr], Side | None]:
     """Return the adapter's modules as far as its file tells: parsed where a dialect can, else by their names alone."""
     try:
         side = open_side(path, config=options.config, facts=stand_in, role="ADAPTER")
@@ -160,16 +160,16 @@ def _unknowns(
             bare = pair.path.removeprefix(PREFIX)
             rank = b.shape[1] if len(b.shape) > 1 else a.shape[0]
             found.append(Unknown(bare, "weight", rank, _stated(facts, bare, rank), None, a, b))
-        framework: Framework = "mindspore" if given.source.format == "mindspore" else "torch"
+        names = "ms" if given.source.format == "mindspore" else "hf"
         paired = {half.name for pair in pairs for half in (pair.pairs[0].a, pair.pairs[0].b)}
         rest = {name.removeprefix(PREFIX): read(spec) for name, spec in specs.items() if name not in paired}
-        return str(path), given.source, framework, found, rest, None
+        return str(path), given.source, names, found, rest, None
     stack.callback(side.close)
     if not side.adapter.modules:
         raise InputError("the third input carries no LoRA factors", where=str(path), hint="name BASE MERGED ADAPTER")
     found = [_known(module) for module in side.adapter.modules]
     own = {extra.name: extra.value for extra in side.adapter.extras}
-    return side.path, side.source, side.dialect.framework, found, own, side
+    return side.path, side.source, side.names, found, own, side
 
 
 def _stated(facts: Facts, path: str, rank: int) -> float | None:

@@ -1,4 +1,4 @@
-"""The way from one framework's names to the other's: a table that is named, told by a manifest, or found to fit."""
+"""The way from one project's names to another's: a table that is named, told by a manifest, or found to fit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..conversion.repository import Framework
 from ..dialects.adapter import Adapter, Json
 from ..errors import MappingError, UsageError
 from ..families import tables
@@ -17,18 +16,21 @@ from .sides import Side
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The table that leads from one framework's names to the other's, with its sizes and layout; None keeps names."""
+    """The table that leads from one project's names to another's, with its sizes and layout; None keeps names."""
 
     family: str = "identity"
     table: tables.Table | None = None
     layout: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] | None = None
 
-    def carry(self, adapter: Adapter, framework: Framework, to: Framework) -> Adapter:
-        """Return an adapter or a whole model in the names of a framework; MappingError where a name has none."""
-        if self.table is None or framework == to:
+    def carry(self, adapter: Adapter, names: str, to: str) -> Adapter:
+        """Bring an adapter or a whole model from one project's names to another's (see ``dialects.naming``).
+
+        MappingError where a name has none there.
+        """
+        if self.table is None or names == to:
             return adapter
-        side = "ms" if to == "mindspore" else "hf"
+        side = "hf" if to == "hf" else "ms"
         return tables.map_adapter(self.table, adapter, to=side, sizes=self.sizes, layout=self.layout)  # type: ignore[arg-type]
 
 
@@ -61,7 +63,7 @@ def route(first: Side, second: Side, others: Sequence[Side], kept: Manifest | No
     Raises UsageError when several tables or none lead from the names of one file to those of the other.
     """
     everyone = (first, second, *others)
-    if len({one.dialect.framework for one in everyone}) == 1:
+    if len({one.names for one in everyone}) == 1:
         return Route()
     layout = dict(told.layout)
     if kept is not None and told.family in (None, kept.options.get("family")):
@@ -70,7 +72,7 @@ def route(first: Side, second: Side, others: Sequence[Side], kept: Manifest | No
     family = told.family or (kept.options.get("family") if kept is not None else None)
     if family is not None:
         return named_route(Told(family, layout, told.mappings), config)
-    if first.dialect.framework == second.dialect.framework or _agree(first, second):
+    if first.names == second.names or _agree(first, second):
         return named_route(Told("identity", layout, told.mappings), config)
     return _fitting(first, second, layout, config, told.mappings)
 
@@ -94,26 +96,32 @@ def _fitting(
     """Try the tables that know the first file's names; take the one that gives most of the second file's."""
     wanted = _names(second.adapter, first)
     reasons: list[str] = []
+    undecided: list[str] = []
     scores: list[tuple[int, Route]] = []
-    for family in family_candidates(first.given, first.dialect, mappings=mappings):
+    project = next((side.names for side in (first, second) if side.names not in ("hf", "ms")), "")
+    for family in family_candidates(first.given, first.dialect, project=project, mappings=mappings):
         try:
             found = named_route(Told(family, layout, mappings), config)
-            carried = found.carry(first.adapter, first.dialect.framework, second.dialect.framework)
+            carried = found.carry(first.adapter, first.names, second.names)
         except (MappingError, UsageError) as error:
             reasons.append(f"{family}: {error.problem} ({error.hint})" if error.hint else f"{family}: {error.problem}")
+            undecided += [family] if project and "--config" in error.hint else []
             continue
         if common := wanted & _names(carried, second):
             scores.append((len(common), found))
     best = [found for score, found in scores if score == max(score for score, _ in scores)]
-    if len(best) == 1:
+    if len(best) == 1 and not undecided:
         return best[0]
+    best = best if not undecided else [found for _, found in scores]
     if not best and wanted & _names(first.adapter, second):
         return named_route(Told("identity", layout, mappings), config)  # the comparison lists the names that differ
     here, there = first.role or first.path, second.role or second.path
-    some = "several tables lead" if best else "no table leads"
+    some = "several tables lead" if best or undecided else "no table leads"
     raise UsageError(
         f"{some} from {here}'s names to {there}'s",
-        where=[found.family for found in best] or reasons or [next(iter(sorted(_names(first.adapter, second))), "")],
-        hint="choose one with --family NAME, or --family identity to keep every name; `lorabridge tables list` "
-        "shows them",
+        where=[*(found.family for found in best), *undecided]
+        or reasons
+        or [next(iter(sorted(_names(first.adapter, second))), "")],
+        hint="choose one with --family NAME (with --config where it needs sizes), or --family identity to keep every "
+        "name; `lorabridge tables list` shows them",
     )

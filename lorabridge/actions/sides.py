@@ -13,6 +13,7 @@ from ..arithmetic import numerics
 from ..arithmetic.floats import Bits, Numbers
 from ..axes import Expr, Read, evaluate, reads
 from ..conversion.repository import Input, open_input
+from ..dialects import naming
 from ..dialects.adapter import Adapter, Content, Dialect, Facts
 from ..errors import MappingError
 from ..manifest import Manifest
@@ -46,6 +47,11 @@ class Side:
     def path(self) -> str:
         """The path as given."""
         return str(self.given.path)
+
+    @property
+    def names(self) -> str:
+        """Whose module names it has: "hf", "ms" or another project's (see ``dialects.naming``)."""
+        return naming(self.dialect)
 
     @property
     def is_adapter(self) -> bool:

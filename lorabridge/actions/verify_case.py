@@ -49,8 +49,8 @@ class Case:
                 f"{second.role} says that it is {self.record.recipe.base} with {self.record.sentence()} merged into it"
             )
         if self.route.table is not None and not self.route.table.identity:
-            lines.append(f"names of the two frameworks meet in the table {self.route.family}")
-        elif first.dialect.framework != second.dialect.framework:
+            lines.append(f"names of the two files meet in the table {self.route.family}")
+        elif first.names != second.names:
             lines.append("modules are compared under equal names")
         if self.base is not None:
             lines.append(f"base weights: {self.base.given.path}")
@@ -98,7 +98,7 @@ def decide(source: Side, target: Side, base: Side | None, options: VerifyOptions
 
 def _named_otherwise(first: Side, second: Side, base: Side | None, relation: Relation) -> Side:
     """Return the file whose names decide the table: of a merge, the base's, which are all of the model's."""
-    if relation == "merge" and base is not None and base.dialect.framework != second.dialect.framework:
+    if relation == "merge" and base is not None and base.names != second.names:
         return base
     return first
 

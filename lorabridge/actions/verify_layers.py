@@ -104,7 +104,7 @@ def _weight_bytes(group: Group) -> int:
 def _carried(case: Case, side: Side) -> Parameters:
     if case.base is None:
         return {}
-    adapter = case.route.carry(case.base.adapter, case.base.dialect.framework, side.dialect.framework)
+    adapter = case.route.carry(case.base.adapter, case.base.names, side.names)
     return {extra.name: extra.value for extra in adapter.extras}
 
 

@@ -36,7 +36,7 @@ def verify_tensors(case: Case, options: VerifyOptions, progress: Progress | None
     if case.relation == "conversion":
         checks, rows, proved = _conversion(case, options, step)
     elif case.relation == "adapters":
-        carried = case.route.carry(case.first.adapter, case.first.dialect.framework, case.second.dialect.framework)
+        carried = case.route.carry(case.first.adapter, case.first.names, case.second.names)
         both = Both(carried, case.first.source, case.second.adapter, case.second.source)
         rows, checks = compare(both, step), (extras(both),)
         proved = ("deltas are equal: factors bit for bit, or as the rows say",)
@@ -102,8 +102,8 @@ def _both_ways(planned: Replanned, case: Case, step: Step) -> list[Check]:
 
 def _merge(case: Case, step: Step) -> tuple[tuple[Check, ...], tuple[ModuleRow, ...], tuple[str, ...]]:
     assert case.base is not None
-    adapter = case.route.carry(case.first.adapter, case.first.dialect.framework, case.second.dialect.framework)
-    base = case.route.carry(case.base.adapter, case.base.dialect.framework, case.second.dialect.framework)
+    adapter = case.route.carry(case.first.adapter, case.first.names, case.second.names)
+    base = case.route.carry(case.base.adapter, case.base.names, case.second.names)
     parts = Parts(
         adapter, case.first.source, _parameters(base), case.base.source,
         _parameters(case.second.adapter), case.second.source,

@@ -27,7 +27,7 @@ METHODS = (
         },
         groups={
             "How to combine": ("method", "weight", "rank", "energy", "density", "majority_sign", "seed", "dtype"),
-            "To": ("target_dialect", "family", "layout", "mappings"),
+            "To": ("target_dialect", "family", "config", "layout", "mappings"),
             "What the files do not say": ("alpha", "use_rslora", "fan_in_fan_out", "enable_lora"),
             "Selection": ("include", "exclude"),
             "Writing": ("workers", "dry_run", "overwrite"),
@@ -63,6 +63,8 @@ METHODS = (
 @click.option("--to", "target_dialect", type=Name("dialect", dialects), metavar="DIALECT",
               help="Dialect of OUT; by default the first adapter's.")  # fmt: skip
 @click.option("--family", metavar="NAME", help="Table of module names, where frameworks differ.")
+@click.option("--config", metavar="FILE", type=LOCATION,
+              help="config.json of the base model, where the table needs its sizes.")  # fmt: skip
 @click.option("--layout", metavar="KEY=VALUE", multiple=True, help="A choice that the table asks for.")
 @mappings_option
 @facts_for("alpha", "use_rslora", "fan_in_fan_out", "enable_lora")
@@ -74,7 +76,7 @@ METHODS = (
 def combine(
     sources: tuple[Path, ...], target: str, method: str, weight: tuple[str, ...], rank: int | None,
     energy: float | None, density: float | None, majority_sign: str, seed: int, dtype: str | None,
-    target_dialect: str | None, family: str | None, layout: tuple[str, ...], mappings: Path | None,
+    target_dialect: str | None, family: str | None, config: Path | None, layout: tuple[str, ...], mappings: Path | None,
     alpha: tuple[str, ...], use_rslora: tuple[str, ...], fan_in_fan_out: tuple[str, ...],
     enable_lora: tuple[str, ...], include: tuple[str, ...], exclude: tuple[str, ...], workers: int, dry_run: bool,
     overwrite: bool, json: bool, quiet: bool, verbose: bool, no_progress: bool,
@@ -94,8 +96,8 @@ def combine(
 
     options = CombineOptions(
         method=method, weights=weights(weight), rank=rank, energy=energy, density=density, election=majority_sign,
-        seed=seed, target_dialect=target_dialect, family=family, layout=pairs(layout, "--layout"), mappings=mappings,
-        facts=facts(stated.items()), dtype=dtype, include=include, exclude=exclude, workers=workers, dry_run=dry_run,
+        seed=seed, target_dialect=target_dialect, family=family, config=config, layout=pairs(layout, "--layout"),
+        mappings=mappings, facts=facts(stated.items()), dtype=dtype, include=include, exclude=exclude, workers=workers, dry_run=dry_run,
         overwrite=overwrite,
     )  # fmt: skip
     with Progress("combining", enabled=not (no_progress or quiet)) as progress:

@@ -163,3 +163,23 @@ def test_a_lone_file_that_is_restored_keeps_its_config(invoke: Invoke, tmp_path:
     assert lone.read_bytes() == (lora / "adapter_model.safetensors").read_bytes()
     assert invoke("convert", lone, tmp_path / "again.ckpt", "--to", "mindpet", "-q").code == 0
     assert invoke("verify", lora, tmp_path / "again.ckpt", "--depth", "tensors").code == 0
+
+
+def test_names_of_another_project_in_the_same_framework(invoke: Invoke, llama: Path, tmp_path: Path) -> None:
+    lora, out = adapter(tmp_path / "lora"), tmp_path / "a.gguf"
+    sizes = ("--family", "llama_gguf", "--config", llama / "config.json")
+    assert invoke("convert", lora, out, "--to", "gguf", *sizes, "-q").code == 0
+    assert invoke("resize", out, tmp_path / "small.gguf", "--rank", "1", "-q").code == 0
+    done = invoke("combine", lora, out, tmp_path / "both.gguf", "--to", "gguf", *sizes, "-q")
+    assert (done.code, done.err) == (0, "")
+    assert invoke("diff", lora, out).code == 0
+    assert invoke("merge", llama, out, tmp_path / "one", "-q").code == 0
+    assert invoke("merge", llama, lora, tmp_path / "two", "-q").code == 0
+    assert invoke("diff", tmp_path / "one", tmp_path / "two").code == 0
+    assert "llama_gguf" not in invoke("inspect", llama).out
+    assert "llama_gguf" in invoke("inspect", out).out
+    (tmp_path / "a.gguf.lorabridge.json").unlink()
+    done = invoke("verify", lora, out)
+    assert done.code == 2
+    assert "several tables lead" in done.err
+    assert invoke("verify", lora, out, *sizes).code == 0
