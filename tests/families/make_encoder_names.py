@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 OUT = Path(__file__).parent / "networks"
 MODELS = "mindformers.models"
@@ -36,6 +37,10 @@ WHISPER = {"vocab_size": 31, "num_mel_bins": 6, "encoder_layers": 2, "encoder_at
 TOKENS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 2}
 QFORMER = {"num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 31, "hidden_size": 16,
            "max_position_embeddings": 17, "intermediate_size": 20}  # fmt: skip
+LLAMA = {"model_type": "llama", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "intermediate_size": 28, "vocab_size": 40}  # fmt: skip
+OWN_LLAMA = {"hidden_size": 24, "num_layers": 2, "num_heads": 4, "n_kv_heads": 2, "intermediate_size": 28,
+             "vocab_size": 40, "seq_length": 64}  # fmt: skip
 BERT = {"vocab_size": 31, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 14,
         "max_position_embeddings": 17, "type_vocab_size": 3}  # fmt: skip
 GPT2 = {"n_embd": 12, "n_layer": 2, "n_head": 2, "vocab_size": 31, "n_positions": 17, "n_inner": 14, "num_labels": 5,
@@ -78,16 +83,30 @@ def clip() -> object:
     return model.CLIPModel(configs.CLIPConfig(text, vision, projection_dim=10))
 
 
-def blip2() -> object:
+def blip2_config() -> Any:
     vit = importlib.import_module(f"{MODELS}.vit.vit_config").ViTConfig(**VIT)
     qformer = importlib.import_module(f"{MODELS}.blip2.qformer_config").QFormerConfig(
         **QFORMER, query_length=5, encoder_width=12, head_embed_dim=6, bos_token_id=0, sep_token_id=1,
         resize_token_embeddings=False,
     )  # fmt: skip
-    config = importlib.import_module(f"{MODELS}.blip2.blip2_config").Blip2Config(
+    return importlib.import_module(f"{MODELS}.blip2.blip2_config").Blip2Config(
         vision_config=vit, qformer_config=qformer
     )
-    return importlib.import_module(f"{MODELS}.blip2.blip2_qformer").Blip2Qformer(config)
+
+
+def blip2() -> object:
+    return importlib.import_module(f"{MODELS}.blip2.blip2_qformer").Blip2Qformer(blip2_config())
+
+
+def blip2_second(cls: str) -> object:
+    """Build the second stage: the vision model and the Q-Former in front of a Llama."""
+    first = blip2_config()
+    llama = importlib.import_module(f"{MODELS}.llama.llama_config").LlamaConfig(**OWN_LLAMA)
+    llama.model_type, llama.type = "llama", "LlamaForBlip2"
+    config = importlib.import_module(f"{MODELS}.blip2.blip2_config").Blip2Config(
+        vision_config=first.vision_config, qformer_config=first.qformer_config, text_config=llama
+    )
+    return getattr(importlib.import_module(f"{MODELS}.blip2.blip2_llm"), cls)(config)
 
 
 def mindformers() -> dict[str, list[Entry]]:
@@ -110,6 +129,9 @@ def mindformers() -> dict[str, list[Entry]]:
     texts = QFORMER | {"vocab_size": 32, "encoder_hidden_size": 12, "use_qformer_text_input": True}
     blip = {"vision_config": VIT, "qformer_config": texts,
             "num_query_tokens": 5, "image_text_hidden_size": 6}  # fmt: skip
+    second = {key: value for key, value in blip.items() if key != "image_text_hidden_size"}
+    second |= {"text_config": LLAMA, "qformer_config": {**texts, "use_qformer_text_input": False}}
+    fewer = {name: why for name, why in unused.items() if not name.startswith(("temp", "qformer.cls"))}
     labels = {"num_labels": 5}
     norms = {f"vit.{name}": "norms something else" for name in
              ("layernorm.weight", "layernorm.bias", "fc_norm.gamma", "fc_norm.beta")}  # fmt: skip
@@ -158,6 +180,10 @@ def mindformers() -> dict[str, list[Entry]]:
         "clip_openai": [entry(clip(), "CLIPModel", "CLIPConfig", clips, source="clip_openai")],
         "whisper": [entry(whisper, "WhisperForConditionalGeneration", "WhisperConfig", WHISPER | TOKENS)],
         "blip2": [entry(blip2(), "Blip2ForImageTextRetrieval", "Blip2Config", blip, own=unused)],
+        "blip2_llm": [
+            entry(blip2_second(cls), "Blip2ForConditionalGeneration", "Blip2Config", second, own=fewer)
+            for cls in ("Blip2Llm", "Blip2ImageToTextGeneration")
+        ],
     }  # fmt: skip
 
 
