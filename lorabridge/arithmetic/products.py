@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING
 
 from ..axes import Compute, Expr, ShapeError, reshape, transpose
 from ..dtypes import BY_NAME, DType
+from . import tuned
 
 if TYPE_CHECKING:
     from .lowrank import Matrix
 
-KERNELS = ("constant", "identity", "khatri_rao", "kronecker", "contract", "scale_rows")
+KERNELS = ("constant", "identity", "khatri_rao", "kronecker", "contract", "scale_rows", *tuned.KERNELS)
 """Names of the kernels that :func:`compute` knows."""
 
 Pair = tuple[Expr, Expr]
@@ -125,7 +126,7 @@ def tucker_pair(core: Expr, down: Expr, up: Expr, dtype: DType | None = None) ->
 def compute(kernel: str, args: Sequence[Matrix], shape: Sequence[int], value: float = 0.0) -> Matrix:
     """Run one kernel on float64 arrays; the result is not rounded yet.
 
-    ``value``: of a "constant". Raises KeyError for another kernel's name.
+    ``value``: of a "constant", or what a kernel of ``tuned`` takes. Raises KeyError for another kernel's name.
     """
     import numpy as np
 
@@ -133,6 +134,8 @@ def compute(kernel: str, args: Sequence[Matrix], shape: Sequence[int], value: fl
         return np.full(tuple(shape), value)
     if kernel == "identity":
         return np.eye(shape[0])
+    if kernel in tuned.KERNELS:
+        return tuned.compute(kernel, args, shape, value)
     x, y = args
     if kernel == "scale_rows":
         return np.asarray(x * y)

@@ -1,4 +1,4 @@
-"""peft's other low-rank tuners: AdaLoRA, VeRA, LoHa and LoKr, which ``as = lora`` turns into pairs of factors.
+"""peft's other additive tuners, which ``as = lora`` turns into pairs of factors: here AdaLoRA, VeRA, LoHa and LoKr.
 
 | ``peft_type`` | tensors below ``base_model.model.P`` | delta of the weight ``[out, in, *k]`` | rank |
 |---|---|---|---|
@@ -7,7 +7,8 @@
 | LOHA | ``hada_w1_a`` ... as LyCORIS has them | ``alpha / r`` of the Hadamard product | ``r r`` |
 | LOKR | ``lokr_w1`` ... as LyCORIS has them | ``alpha / r`` of the Kronecker product | product of both |
 
-VeRA's ``vera_A``, ``vera_B`` lie once below ``base_model``. AdaLoRA divides by the rank that it began with, also where
+``peft_tuners_added`` has the others. VeRA's ``vera_A``, ``vera_B`` lie once below ``base_model``. AdaLoRA divides by
+the rank that it began with, also where
 ``rank_pattern`` left fewer; an alpha of 0 or below counts as the rank. Elements of new factors are single products,
 exact in float64 and rounded once to float32 (cores are sums, see ``arithmetic.products``). The rest of a file (whole
 modules, biases, token rows) is what it is in a LoRA file. Source: peft 0.21.2, ``tuners/*/layer.py`` and ``model.py``.
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from ..arithmetic import products
 from ..axes import Expr, ShapeError, cut, read, reshape
 from ..tensors import TensorSpec
-from . import lycoris
+from . import lycoris, peft_tuners_added
 from .adapter import Adapter, Content, Json, LoraModule, ModuleKind, Scaling, Term, Value
 from .factors import exact_alpha
 from .optimizer import training_state
@@ -34,12 +35,15 @@ from .peft_tuners_config import MERGE, TUNERS, lora_config, refuse_type
 from .prefixes import recognise
 
 PREFIX = "base_model.model."
-SHARED = ("base_model.vera_A", "base_model.vera_B")
+BELOW = "base_model."
+"""Where tensors lie that a file has once for all modules."""
+SHARED: Mapping[str, tuple[str, ...]] = {"VERA": ("vera_A", "vera_B"), **peft_tuners_added.SHARED}
 TENSORS: Mapping[str, tuple[str, ...]] = {
     "ADALORA": ("lora_A", "lora_E", "lora_B"),
     "VERA": ("vera_lambda_b", "vera_lambda_d"),
     "LOHA": lycoris.LOHA,
     "LOKR": lycoris.LOKR,
+    **peft_tuners_added.TENSORS,
 }
 """Last components of a tuner's tensors, by peft_type."""
 
@@ -50,8 +54,14 @@ def paths(names: Iterable[str]) -> list[str]:
     """Return the paths of the modules that a file of one of these tuners adapts, sorted; none for other files."""
     known = {tensor for tensors in TENSORS.values() for tensor in tensors}
     own = {"lora_A", "lora_B"}  # LoRA's too, with .weight behind
-    split = [name.rpartition(".") for name in names if name.startswith(PREFIX)]
-    return sorted({path.removeprefix(PREFIX) for path, _, tensor in split if tensor in known - own})
+    split = [_split(name, tuple(known - own)) for name in names if name.startswith(PREFIX)]
+    return sorted({path for path, tensor in split if tensor})
+
+
+def _split(name: str, tensors: tuple[str, ...]) -> tuple[str, str]:
+    """Return (module, tensor); "" for a tensor that is none of these."""
+    found = next((tensor for tensor in tensors if name.endswith(f".{tensor}")), "")
+    return name.removesuffix(f".{found}").removeprefix(PREFIX), found
 
 
 def parse(content: Content) -> Adapter:
@@ -69,11 +79,13 @@ def parse(content: Content) -> Adapter:
     skipped = {name for name, _ in left_out}
     groups, rest = _groups({n: s for n, s in content.specs.items() if n not in skipped}, TENSORS[kind])
     tuner = _Tuner(content, kind, lora_config(config, content.path), set(groups))
-    shared = {name: rest.pop(name) for name in SHARED if name in rest} if kind == "VERA" else {}
+    shared = {name: rest.pop(BELOW + name) for name in SHARED.get(kind, ()) if BELOW + name in rest}
     found = [tuner.module(path, specs, shared) for path, specs in sorted(groups.items())]
     if not groups:
         tuner.problems.add(f"the file has no tensors of {TUNERS[kind]}", content.path, "check adapter_config.json")
     tuner.problems.raise_any(content.path)
+    copied = [n for n in shared if groups and all(n in specs for specs in groups.values())]
+    left_out += [(BELOW + name, "every module has it as well") for name in copied]
     if tuner.left_out:  # what selected the modules would select those that are left out, too
         tuner.config |= dict.fromkeys(("target_modules", "layers_to_transform", "layers_pattern"))
     reader = Reader(content, read_settings(tuner.config, content.path), recognise(rest))
@@ -93,9 +105,9 @@ def _groups(
     groups: dict[str, dict[str, TensorSpec]] = {}
     rest: dict[str, TensorSpec] = {}
     for name, spec in specs.items():
-        path, _, tensor = name.rpartition(".")
-        if tensor in tensors and path.startswith(PREFIX):
-            groups.setdefault(path.removeprefix(PREFIX), {})[tensor] = spec
+        path, tensor = _split(name, tensors) if name.startswith(PREFIX) else (name, "")
+        if tensor:
+            groups.setdefault(path, {})[tensor] = spec
         else:
             rest[name] = spec
     return groups, rest
@@ -147,7 +159,7 @@ class _Tuner:
         self._check_asked(path, rank)
         alpha = exact_alpha(pair.scaling, rank)
         size, out = pair.a.shape[2:], pair.b.shape[0]
-        order = self.given.get("fan_in_fan_out")
+        order = self.given.get("fan_in_fan_out", False)
         return LoraModule(
             path, _KINDS[len(size)], out, (Term(pair.a, reshape(pair.b, (out, rank, *(1,) * len(size))), 0, out),),
             Scaling(pair.scaling * rank if alpha is None else alpha, rank),
@@ -166,7 +178,8 @@ class _Tuner:
 
     def _check_asked(self, path: str, rank: int) -> None:
         if self.content.facts.get(path, "as") != "lora":
-            name, end = TUNERS[self.kind], ", and for less with --compress" if self.kind in ("LOHA", "LOKR") else ""
+            large = self.kind in ("LOHA", "LOKR", *peft_tuners_added.DENSE)
+            name, end = TUNERS[self.kind], ", and for less with --compress" if large else ""
             self.problems.add(
                 f"{name} is not LoRA; it can be written as LoRA of rank {rank}, exactly but for rounding the factors",
                 path, f"ask for it with --as lora{end}",
@@ -180,7 +193,36 @@ class _Tuner:
             return self._adalora(path, specs, kernel)
         if self.kind == "VERA":
             return self._vera(path, specs, shared)
+        if self.kind in peft_tuners_added.PAIRS:
+            return self._added(path, {**shared, **specs})
         return self._product(path, specs, kernel)
+
+    def _added(self, path: str, specs: Mapping[str, TensorSpec]) -> _Pair | None:
+        """Return the pair of a tuner of ``peft_tuners_added``; None after asking for the base's shapes."""
+        known = self._shape(path)
+        shape = None
+        if known is not None:
+            shape = (known[1], known[0]) if self.given.get("fan_in_fan_out") else (known[0], known[1])
+        missing = [name for name in SHARED.get(self.kind, ()) if name not in specs]
+        if missing:
+            self.problems.add(
+                f"{TUNERS[self.kind]}'s shared tensors are not in the file (save_projection was false)",
+                ", ".join(BELOW + name for name in missing),
+                "make a LoRA of it in peft: peft.save_as_lora(path, model, rank)",
+            )
+            return None
+        if self.kind == "MISS" and self.given.get("init_weights") == "bat":
+            self.problems.add("MiSS with init_weights='bat' multiplies the base weight", path, MERGE)
+            return None
+        numbers = peft_tuners_added.Numbers(self._number, self.given.get("init_weights") == "mini")
+        try:
+            return _Pair(*peft_tuners_added.PAIRS[self.kind](specs, shape, numbers))
+        except peft_tuners_added.UnknownSizeError:
+            self.problems.add(
+                "the shape of the module's weight is not in the file", path,
+                "give the base model's files with --names-of",
+            )  # fmt: skip
+            return None
 
     def _adalora(self, path: str, specs: Mapping[str, TensorSpec], kernel: tuple[int, ...] | None) -> _Pair:
         a, e, b = (read(specs[name]) for name in TENSORS["ADALORA"])
@@ -215,15 +257,15 @@ class _Tuner:
 
     def _vera(self, path: str, specs: Mapping[str, TensorSpec], shared: Mapping[str, TensorSpec]) -> _Pair | None:
         d, b = read(specs["vera_lambda_d"]), read(specs["vera_lambda_b"])
-        if len(shared) < len(SHARED):
+        if len(shared) < len(SHARED["VERA"]):
             self.problems.add(
                 "VeRA's random projections are not in the file (save_projection was false)",
-                ", ".join(name for name in SHARED if name not in shared),
+                ", ".join(BELOW + name for name in SHARED["VERA"] if name not in shared),
                 f"make a LoRA of it in peft: peft.save_as_lora(path, model, rank={d.shape[0]}); training with "
                 "save_projection=True keeps them in the file",
             )
             return None
-        whole_a, whole_b = (read(shared[name]) for name in SHARED)
+        whole_a, whole_b = (read(shared[name]) for name in SHARED["VERA"])
         width = self._width(path, whole_a.shape[1])
         if width is None:
             return None

@@ -11,7 +11,11 @@ from typing import NoReturn
 from ..errors import MappingError, counted
 from .adapter import Json, Value
 
-TUNERS = {"ADALORA": "AdaLoRA", "VERA": "VeRA", "LOHA": "LoHa", "LOKR": "LoKr"}
+TUNERS = {
+    "ADALORA": "AdaLoRA", "VERA": "VeRA", "LOHA": "LoHa", "LOKR": "LoKr", "MISS": "MiSS", "VBLORA": "VB-LoRA",
+    "DELORA": "DeLoRA", "PVERA": "PVeRA", "GRALORA": "GraLoRA", "RANDLORA": "RandLora", "C3A": "C3A", "SHIRA": "SHiRA",
+    "FOURIERFT": "FourierFT",
+}  # fmt: skip
 """peft_type to name of what ``as = lora`` writes as LoRA."""
 
 MERGE = "merge it into the base in peft with merge_and_unload, and convert the model"
@@ -30,26 +34,17 @@ MULTIPLIED = {
     "PEANUT": "PEANuT computes its update from the base weight",
 }
 ADDED = {
-    "C3A": "C3A adds block-circulant matrices",
-    "DELORA": "DeLoRA normalises its factors",
-    "FOURIERFT": "FourierFT adds a matrix that is sparse in frequencies",
-    "GRALORA": "GraLoRA adds blocks of factors",
-    "MISS": "MiSS adds a shared block, repeated",
     "PSOFT": "PSOFT turns a principal subspace of the base weight",
-    "RANDLORA": "RandLora adds scaled random matrices of full rank",
     "TINYLORA": "TinyLoRA adds a combination of directions of the base weight",
     "UNILORA": "Uni-LoRA projects one vector into all factors",
-    "VBLORA": "VB-LoRA mixes its factors from a bank of vectors",
     "WAVEFT": "WaveFT adds a matrix that is sparse in wavelets",
 }
 REPLACED = {
-    "SHIRA": "SHiRA adds a sparse matrix, which is not of low rank",
     "BONE": "Bone's block depends on the base weight or is repeated",
     "LN_TUNING": "LN tuning trains the norms' own weights",
     "TRAINABLE_TOKENS": "it trains rows of an embedding and no factors",
     "BEFT": "BEFT trains biases and no factors",
     "OSF": "OSF trains parts of the base weight's own decomposition",
-    "PVERA": "PVeRA learns distributions of its factors",
     "FROD": "FRoD writes the adapted weight itself as a decomposition that layers share",
     "ADAMSS": "AdaMSS adds factors in clusters of a subspace of the base weight",
     "SUPERTUNING": "Super-Tuning trains single entries of the base weight",
@@ -88,6 +83,24 @@ _OWN = {
         "r", "alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights", "rank_pattern",
         "alpha_pattern", "decompose_both", "decompose_factor", "rank_dropout_scale",
     }),
+    "MISS": frozenset({"r", "miss_dropout", "mini_r", "init_weights"}),
+    "VBLORA": frozenset({
+        "r", "num_vectors", "vector_length", "topk", "save_only_topk_weights", "vblora_dropout",
+        "init_vector_bank_bound", "init_logits_std",
+    }),
+    "DELORA": frozenset({"r", "delora_lambda", "module_dropout", "init_weights", "rank_pattern", "lambda_pattern"}),
+    "PVERA": frozenset({
+        "r", "projection_prng_key", "save_projection", "pvera_dropout", "d_initial", "init_weights",
+        "sample_at_inference", "generator_seed",
+    }),
+    "GRALORA": frozenset({"r", "hybrid_r", "alpha", "gralora_dropout", "gralora_k", "init_weights"}),
+    "RANDLORA": frozenset({
+        "r", "projection_prng_key", "save_projection", "sparse", "very_sparse", "randlora_dropout", "randlora_alpha",
+        "init_weights",
+    }),
+    "C3A": frozenset({"block_size", "block_size_pattern", "init_weights"}),
+    "SHIRA": frozenset({"r", "mask_type", "random_seed", "init_weights"}),
+    "FOURIERFT": frozenset({"n_frequency", "scaling", "random_loc_seed", "n_frequency_pattern", "init_weights"}),
 }  # fmt: skip
 """Fields that a tuner has of its own, of which some give its scaling and the others are about training."""
 

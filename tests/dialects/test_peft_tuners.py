@@ -13,7 +13,7 @@ from torch import nn
 
 from lorabridge import ConvertOptions, convert
 from lorabridge.dialects.adapter import Fact, Facts
-from lorabridge.dialects.peft_tuners_config import ADDED, INPUTS, MULTIPLIED, PROMPTS, REPLACED, TUNERS
+from lorabridge.dialects.peft_tuners_config import ADDED, INPUTS, MULTIPLIED, REPLACED, TUNERS
 from lorabridge.errors import MappingError
 
 AS_LORA = Fact("*", "as", "lora")
@@ -112,6 +112,17 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "lokr conv": ("LoKr", {"target_modules": CONVS, "r": 1}, True),
     "lokr conv whole": ("LoKr", {"target_modules": CONVS, "r": 8}, True),
     "lokr conv cores": ("LoKr", {"target_modules": CONVS, "r": 1, **FULL}, True),
+    "miss": ("Miss", {"target_modules": LINEAR, "r": 5, "bias": "all"}, True),
+    "miss mini": ("Miss", {"target_modules": LINEAR, "r": 4, "init_weights": "mini", "mini_r": 4}, True),
+    "vblora": ("VBLoRA", {"target_modules": LINEAR, "r": 3, "num_vectors": 8, "vector_length": 4, "topk": 3}, False),
+    "delora": ("Delora", {"target_modules": LINEAR, "r": 4, "rank_pattern": {"back": 2}, **HEAD}, False),
+    "pvera": ("Pvera", {"target_modules": LINEAR, "r": 4}, True),
+    "gralora": ("Gralora", {"target_modules": LINEAR, "r": 4, "gralora_k": 2, "alpha": 3}, False),
+    "gralora hybrid": ("Gralora", {"target_modules": LINEAR, "r": 4, "gralora_k": 2, "hybrid_r": 3}, False),
+    "randlora": ("RandLora", {"target_modules": LINEAR, "r": 5, "randlora_alpha": 7}, True),
+    "c3a": ("C3A", {"target_modules": LINEAR, "block_size": 2, "block_size_pattern": {"back": 4}}, False),
+    "shira": ("Shira", {"target_modules": LINEAR, "r": 2}, True),
+    "fourierft": ("FourierFT", {"target_modules": LINEAR, "n_frequency": 30, "scaling": 9.0}, True),
 }  # fmt: skip
 
 
@@ -320,10 +331,28 @@ def test_missing_and_strange_tensors_are_named(tmp_path: Path) -> None:
 KNOWN = {**MULTIPLIED, **ADDED, **REPLACED, **INPUTS}
 
 
-def test_every_method_of_peft_is_known() -> None:
+def every_type() -> list[str]:
     from peft import PeftType
 
-    assert {kind.value for kind in PeftType} <= {"LORA", *TUNERS, *PROMPTS, *KNOWN}
+    return sorted(kind.value for kind in PeftType)
+
+
+@pytest.mark.parametrize("kind", every_type())
+def test_every_type_of_peft_is_read_or_named_with_its_cure(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "before"
+    folder.mkdir()
+    save_file({"base_model.model.wide.x": torch.ones(2)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    with pytest.raises(MappingError) as caught:
+        convert(folder, tmp_path / "after", ConvertOptions(target_dialect="loralib-ms", facts=Facts((AS_LORA,))))
+    told = f"{caught.value.problem} {caught.value.hint}"
+    if kind in TUNERS:
+        assert "has no tensors of" in told or "things about the adapter" in told
+    elif kind == "LORA":
+        assert "peft_type" not in told
+    else:
+        assert KNOWN.get(kind, "prompt method") in told
+        assert any(cure in told for cure in ("merge_and_unload", "it stays in peft", "--from peft-prompt"))
 
 
 def converts(kind: str) -> bool:
@@ -347,7 +376,7 @@ def test_what_peft_itself_turns_into_lora_is_pointed_to_it() -> None:
     ("kind", "said", "cure"),
     [
         ("IA3", "IA3 multiplies activations", "merge_and_unload"),
-        ("FOURIERFT", "FourierFT adds a matrix", "peft.convert_to_lora"),
+        ("WAVEFT", "WaveFT adds a matrix", "peft.convert_to_lora"),
         ("LN_TUNING", "the norms' own weights", "merge_and_unload"),
         ("POLY", "mixes several LoRAs by the task", "it stays in peft"),
         ("PREFIX_TUNING", "prompt method", "--from peft-prompt"),
@@ -363,3 +392,32 @@ def test_other_methods_are_named_with_what_to_do(kind: str, said: str, cure: str
         convert(folder, tmp_path / "after", options())
     assert said in caught.value.problem
     assert cure in caught.value.hint
+
+
+def test_additive_tuners_ask_for_the_base_s_shapes_and_refuse_what_multiplies(tmp_path: Path) -> None:
+    folder = saved("Miss", tmp_path / "before", target_modules=LINEAR, r=5)
+    with pytest.raises(MappingError, match="shape of the module's weight") as caught:
+        convert(folder, tmp_path / "after", options())
+    assert "--names-of" in caught.value.hint
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "init_weights": "bat"}))
+    with pytest.raises(MappingError, match="multiplies the base weight"):
+        convert(folder, tmp_path / "after", options(base(folder)))
+    bare = saved("RandLora", tmp_path / "bare" / "before", target_modules=LINEAR, r=5, save_projection=False)
+    with pytest.raises(MappingError, match="save_projection was false"):
+        convert(bare, tmp_path / "after", options(base(bare)))
+
+
+def test_dense_deltas_are_compressed_with_the_error_said(tmp_path: Path) -> None:
+    folder = saved("C3A", tmp_path / "before", target_modules=["wide"], block_size=2)
+    done = convert(folder, tmp_path / "after", options(compress="4"))
+    assert [module.rank for module in done.modules] == [4]
+    assert all(0 < row.error < 1 for row in done.compressed)
+
+
+@pytest.mark.parametrize(("count", "size", "seed"), [(12, 12, 777), (30, 240, 777), (100, 70000, 5), (3, 5, 0)])
+def test_places_are_those_that_torch_draws(count: int, size: int, seed: int) -> None:
+    from lorabridge.arithmetic import tuned
+
+    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
+    assert tuned.places(count, size, seed) == drawn.tolist()
