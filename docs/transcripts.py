@@ -1,13 +1,17 @@
-"""Run the transcripts of the pages as they stand: `python docs/transcripts.py [--write]` from the checkout's root.
+"""Run the transcripts of the pages as they stand, and say where a page does not show what is printed now.
 
 A transcript is a fenced block without a language whose lines that begin with `$ ` are commands. Those of a page
-run one after another in one scratch directory. Without --write, a difference is printed and the exit code is 1.
+run one after another in one scratch directory. `lorabridge` is this checkout's, run by the Python that runs this
+script. A difference is printed and the exit code is 1; with --write the pages are brought up to date.
 """
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -36,11 +40,22 @@ def rerun(text: str) -> str:
         (Path(name) / "lycoris").symlink_to(ROOT / "tests" / "dialects" / "lycoris")
         (Path(name) / "mindformers").symlink_to(ROOT / "tests" / "dialects" / "mindformers_files")
         (Path(name) / "distributed").symlink_to(ROOT / "tests" / "distributed" / "data")
-        return BLOCK.sub(lambda found: f"```\n{_transcript(found[1], name)}\n```", text)
+        with tempfile.TemporaryDirectory() as programs:
+            _program(Path(programs) / "lorabridge")
+            return BLOCK.sub(lambda found: f"```\n{_transcript(found[1], name, programs)}\n```", text)
 
 
-def _transcript(block: str, folder: str) -> str:
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "120"}
+def _program(path: Path) -> None:
+    """Write what runs this checkout's command line, whether or not it is installed."""
+    python = shlex.quote(sys.executable)
+    path.write_text(f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(ROOT))} exec {python} -m lorabridge "$@"\n', "utf-8")
+    path.chmod(0o755)
+
+
+def _transcript(block: str, folder: str, programs: str) -> str:
+    path = os.pathsep.join([programs, str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LORABRIDGE_")}
+    env |= {"PATH": path, "COLUMNS": "120"}
     lines = []
     for command in (line.removeprefix("$ ") for line in block.splitlines() if line.startswith("$ ")):
         done = subprocess.run(
@@ -58,14 +73,27 @@ def same(one: str, two: str) -> bool:
 
 def main() -> int:
     """Check or rewrite the pages."""
+    parser = argparse.ArgumentParser(prog="docs/transcripts.py", description=__doc__)
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help="pages to run; all that have transcripts by default")
+    parser.add_argument("--write", action="store_true", help="write what is printed now into the pages")
+    given = parser.parse_args()
+    probe = subprocess.run([sys.executable, "-m", "lorabridge", "--version"], cwd=ROOT, capture_output=True, text=True)
+    if probe.returncode:
+        print(f"{sys.executable} cannot run lorabridge: {probe.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return 2
     old = []
-    for page in PAGES:
+    for page in [Path(name) for name in given.pages] or PAGES:
         text = page.read_text("utf-8")
         now = rerun(text)
-        if "--write" in sys.argv[1:]:
+        if same(text, now):
+            continue
+        if given.write:
             page.write_text(now, "utf-8")
-        elif not same(text, now):
+            print(f"wrote {page}")
+        else:
             old.append(page.name)
+            one, two = (VARYING.sub("N", content).splitlines() for content in (text, now))
+            print("\n".join(difflib.unified_diff(one, two, f"{page} as it stands", "as printed now", n=1, lineterm="")))
     if old:
         print(f"the transcripts of {', '.join(old)} are not what the commands print; run with --write")
     return 1 if old else 0

@@ -97,8 +97,8 @@ def combine(
     options = CombineOptions(
         method=method, weights=weights(weight), rank=rank, energy=energy, density=density, election=majority_sign,
         seed=seed, target_dialect=target_dialect, family=family, config=config, layout=pairs(layout, "--layout"),
-        mappings=mappings, facts=facts(stated.items()), dtype=dtype, include=include, exclude=exclude, workers=workers, dry_run=dry_run,
-        overwrite=overwrite,
+        mappings=mappings, facts=facts(stated.items()), dtype=dtype, include=include, exclude=exclude,
+        workers=workers, dry_run=dry_run, overwrite=overwrite,
     )  # fmt: skip
     with Progress("combining", enabled=not (no_progress or quiet)) as progress:
         done = run(sources, target, options, progress=progress)
