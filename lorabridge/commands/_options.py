@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar, cast
 
 import click
 
@@ -12,6 +13,7 @@ from ._values import FACTS, LOCATION, facts
 
 if TYPE_CHECKING:
     from ..dialects.adapter import Facts
+    from ..distributed.told import Told
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -122,6 +124,82 @@ def engine_options(command: F) -> F:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+STRATEGY_HELP = "MindSpore's strategy file, once per stage, or a directory of them; by default strategy/ in or beside "
+
+
+def strategy_option(option: str = "--strategy", name: str = "strategies", *, of: str = "SRC") -> Callable[[F], F]:
+    """Add the strategy of one input that ranks wrote."""
+    return click.option(option, name, metavar="FILE", multiple=True, type=LOCATION, help=f"{STRATEGY_HELP}{of}.")
+
+
+def step_option(command: F) -> F:
+    """Add --step for one input that ranks wrote."""
+    return click.option("--step", metavar="STEP", help="Which checkpoint, where the ranks hold several: 2_1000.")(
+        command
+    )
+
+
+def check_replicas_option(command: F) -> F:
+    """Add --check-replicas for one input that ranks wrote."""
+    return click.option("--check-replicas/--no-check-replicas", default=True, show_default=True,
+                        help="Compare all copies of a slice before anything is written.")(command)  # fmt: skip
+
+
+def ranks_options(**roles: str) -> Callable[[F], F]:
+    """Add --strategy and --step to a command of several inputs, which are opened as they say while it runs.
+
+    ``roles``: how the usage calls each input, and the parameter that holds its path or paths.
+    """
+
+    def add(command: F) -> F:
+        @wraps(command)
+        def run(*args: object, strategies: tuple[str, ...], steps: tuple[str, ...], **given: object) -> object:
+            from ..distributed.told import using
+
+            inputs = {role: _paths(given.get(parameter)) for role, parameter in roles.items()}
+            with using(_told(strategies, steps, inputs)):
+                return command(*args, **given)
+
+        form = f"[{'|'.join(roles)}=]"
+        for option in (
+            click.option("--step", "steps", metavar=f"{form}STEP", multiple=True,
+                         help="Which checkpoint, where ranks hold several: 2_1000."),
+            click.option("--strategy", "strategies", metavar=f"{form}FILE", multiple=True,
+                         help=f"{STRATEGY_HELP}the input."),
+        ):  # fmt: skip
+            run = option(run)
+        return cast("F", run)
+
+    return add
+
+
+def _paths(value: object) -> tuple[Path, ...]:
+    return (value,) if isinstance(value, Path) else value if isinstance(value, tuple) else ()
+
+
+def _told(strategies: tuple[str, ...], steps: tuple[str, ...], inputs: Mapping[str, tuple[Path, ...]]) -> Told:
+    """Give every statement to the inputs that it is about; without a role, to those that ranks wrote."""
+    from ..distributed.ranks import is_rank_directory
+    from ..distributed.told import Told
+
+    def about(text: str, option: str) -> tuple[str, list[Path]]:
+        role, equals, value = text.partition("=")
+        named = bool(equals) and role in inputs
+        paths = [path for one, held in inputs.items() if not named or one == role for path in held]
+        found = [path for path in paths if path.is_dir() and (option == "--step" or is_rank_directory(path))]
+        if not found:
+            whose = f"{role} is" if named else "no input is"
+            raise click.BadParameter(f"{text!r}: {whose} a directory that ranks wrote", param_hint=option)
+        return value if named else text, found
+
+    held: dict[Path, tuple[Path, ...]] = {}
+    for text in strategies:
+        file, paths = about(text, "--strategy")
+        held |= {path: (*held.get(path, ()), LOCATION.convert(file, None, None)) for path in paths}
+    which = {path: step for step, paths in (about(text, "--step") for text in steps) for path in paths}
+    return Told(held, which)
 
 
 def progress_option(command: F) -> F:

@@ -15,6 +15,7 @@ from ._options import (
     ShownGiven,
     StatedGiven,
     WrittenGiven,
+    check_replicas_option,
     engine_options,
     fact_options,
     key_option,
@@ -22,6 +23,8 @@ from ._options import (
     output_options,
     progress_option,
     stated,
+    step_option,
+    strategy_option,
 )
 from ._progress import Progress
 from ._terminal import Output, width
@@ -65,6 +68,9 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
     adapter_only: bool
     encrypt: str | None
     new_key_file: Path | None
+    strategies: tuple[Path, ...]
+    step: str | None
+    check_replicas: bool
     engine: Literal["process", "ray"]
     address: str | None
 
@@ -82,6 +88,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
             "Numbers": ("dtype", "on_overflow", "dequantize", "compress"),
             "Writing": ("max_shard_size", "crc", "workers", "dry_run", "overwrite"),
             "Encrypted checkpoints": ("key_file", "encrypt", "new_key_file"),
+            "Ranks": ("strategies", "step", "check_replicas"),
             "Machines": ("engine", "address"),
             "Output": ("json", "quiet", "verbose", "no_progress"),
         },
@@ -142,6 +149,9 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
               help="Threads; by default one per CPU, at most 8. The output does not depend on it.")  # fmt: skip
 @click.option("-n", "--dry-run", is_flag=True, help="Plan and report; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace DST, in one step, if it exists.")
+@strategy_option()
+@step_option
+@check_replicas_option
 @engine_options
 @output_options
 @progress_option
@@ -179,7 +189,8 @@ def options_of(given: Given) -> ConvertOptions:
         adapter_only=given["adapter_only"], max_shard_size=given["max_shard_size"], crc=given["crc"],
         encrypt=given["encrypt"], new_key_file=given["new_key_file"],
         workers=given["workers"], dry_run=given["dry_run"], overwrite=given["overwrite"],
-        engine=Engine(given["engine"], given["address"]),
+        engine=Engine(given["engine"], given["address"]), strategies=given["strategies"], step=given["step"],
+        check_replicas=given["check_replicas"],
     )  # fmt: skip
 
 

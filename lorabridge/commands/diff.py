@@ -8,7 +8,7 @@ import click
 
 from ..reports import plain
 from ._group import Command, Manual, documented
-from ._options import facts_for, key_option, mappings_option, output_options, progress_option
+from ._options import facts_for, key_option, mappings_option, output_options, progress_option, ranks_options
 from ._progress import Progress
 from ._terminal import Output, width
 from ._values import LOCATION, Name, dialects, facts, known_family, pairs
@@ -36,6 +36,7 @@ SHOWN = 20
                 "enable_lora",
                 "kind",
             ),
+            "Ranks": ("strategies", "steps"),
             "Output": ("json", "quiet", "verbose", "no_progress"),
         },
         examples=(
@@ -61,6 +62,7 @@ SHOWN = 20
 @mappings_option
 @key_option
 @facts_for("alpha", "use_rslora", "fan_in_fan_out", "enable_lora", "kind")
+@ranks_options(A="first", B="second")
 @output_options
 @progress_option
 @click.pass_context

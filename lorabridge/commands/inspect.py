@@ -7,7 +7,14 @@ from pathlib import Path
 import click
 
 from ._group import Command, Manual, documented
-from ._options import key_option, mappings_option, output_options, progress_option
+from ._options import (
+    key_option,
+    mappings_option,
+    output_options,
+    progress_option,
+    step_option,
+    strategy_option,
+)
 from ._progress import Progress
 from ._terminal import Output, width
 from ._values import LOCATION, Name, dialects, facts
@@ -45,9 +52,8 @@ from ._values import LOCATION, Name, dialects, facts
 @click.option("--tensors", is_flag=True, help="List every tensor and the container's metadata.")
 @click.option("--slices", metavar="NAME|GLOB", help="List which rank holds which slice of these tensors.")
 @click.option("--check-replicas", is_flag=True, help="Read every copy of a slice and say whether they agree.")
-@click.option("--strategy", "strategies", metavar="FILE", multiple=True, type=LOCATION,
-              help="MindSpore's strategy file, once per stage, or a directory of them.")  # fmt: skip
-@click.option("--step", metavar="EPOCH_STEP", help="Which checkpoint, where the ranks hold several: 2_1000.")
+@strategy_option(of="PATH")
+@step_option
 @click.option("--html", metavar="FILE", type=LOCATION,
               help="Write the findings into FILE as well, with a picture of tensors over the ranks.")  # fmt: skip
 @click.option("--from", "source_dialect", type=Name("dialect", dialects), metavar="DIALECT",

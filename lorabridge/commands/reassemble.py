@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -11,17 +10,8 @@ import click
 from ._group import Command, Manual, documented
 from ._progress import Progress
 from ._terminal import Output
-from ._values import LOCATION, known_family
-from .convert import Given as ConvertGiven
-from .convert import convert, options_of, show
-
-
-class Given(ConvertGiven):
-    """The options as click hands them over."""
-
-    strategies: tuple[Path, ...]
-    step: str | None
-    check_replicas: bool
+from ._values import known_family
+from .convert import Given, convert, options_of, show
 
 
 @documented(
@@ -30,10 +20,7 @@ class Given(ConvertGiven):
             "SRC": "A directory that ranks wrote: rank_0, rank_1 ...",
             "DST": "A file, whose suffix decides the container (.safetensors, .bin/.pt, .ckpt), or a directory.",
         },
-        groups={
-            "Ranks": ("strategies", "step", "check_replicas"),
-            **convert.manual.groups,
-        },
+        groups={"Ranks": convert.manual.groups["Ranks"], **convert.manual.groups},
         examples=(
             "lorabridge reassemble checkpoint/ whole.safetensors --strategy strategy/",
             "lorabridge reassemble checkpoint/ adapter/ --to peft --family llama",
@@ -42,12 +29,6 @@ class Given(ConvertGiven):
     )
 )
 @click.command("reassemble", cls=Command, params=list(convert.params))
-@click.option("--strategy", "strategies", metavar="FILE", multiple=True, type=LOCATION,
-              help="MindSpore's strategy file, once per stage, or a directory of them; by default strategy/ in or "
-              "beside SRC.")  # fmt: skip
-@click.option("--step", metavar="EPOCH_STEP", help="Which checkpoint, where the ranks hold several: 2_1000.")
-@click.option("--check-replicas/--no-check-replicas", default=True, show_default=True,
-              help="Compare all copies of a slice before anything is written.")  # fmt: skip
 def reassemble(source: Path, target: str, **given: Unpack[Given]) -> None:
     """Put a distributed checkpoint together into one.
 
@@ -57,9 +38,7 @@ def reassemble(source: Path, target: str, **given: Unpack[Given]) -> None:
     out = Output("reassemble", given["json"], given["quiet"], given["verbose"])
     if given["family"] is not None:
         known_family(given["family"], given["mappings"], hint="--family")
-    options = replace(
-        options_of(given), strategies=given["strategies"], step=given["step"], check_replicas=given["check_replicas"]
-    )
+    options = options_of(given)
     from ..actions.reassemble import reassemble as run
 
     with Progress("reassembling", enabled=not (given["no_progress"] or given["quiet"])) as progress:

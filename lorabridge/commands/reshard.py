@@ -9,7 +9,14 @@ import click
 
 from ..reports import plain
 from ._group import Command, Manual, documented
-from ._options import engine_options, output_options, progress_option
+from ._options import (
+    check_replicas_option,
+    engine_options,
+    output_options,
+    progress_option,
+    step_option,
+    strategy_option,
+)
 from ._progress import Progress
 from ._terminal import Output
 from ._values import LOCATION, Size
@@ -70,11 +77,9 @@ class Given(TypedDict):
 @click.command("reshard", cls=Command)
 @click.argument("source", metavar="SRC", type=LOCATION)
 @click.argument("target", metavar="DST")
-@click.option("--from-strategy", "source_strategies", metavar="FILE", multiple=True, type=LOCATION,
-              help="Strategy of SRC, once per stage or a directory; by default strategy/ in or near SRC.")  # fmt: skip
-@click.option("--step", metavar="STEP", help="Which checkpoint, where SRC holds several: 2_1000.")
-@click.option("--check-replicas/--no-check-replicas", default=True, show_default=True,
-              help="Compare all copies of a slice before anything is written.")  # fmt: skip
+@strategy_option("--from-strategy", "source_strategies")
+@step_option
+@check_replicas_option
 @click.option("--strategy", "strategies", metavar="FILE", multiple=True, type=LOCATION,
               help="Strategy of the network that will load DST, once per stage or a directory.")  # fmt: skip
 @click.option("--tp", metavar="N", type=click.IntRange(min=1), help="Tensor parallel size.")

@@ -19,6 +19,7 @@ from ._options import (
     mappings_option,
     output_options,
     progress_option,
+    ranks_options,
     stated,
 )
 from ._progress import Progress
@@ -55,6 +56,7 @@ class Given(NamedGiven, StatedGiven, ShownGiven):
             "What to compare": ("base", "depth", "model", "seed"),
             "From and to": ("source_dialect", "target_dialect", "family", "config", "layout", "mappings", "key_file"),
             "What the files do not say": tuple(FACTS),
+            "Ranks": ("strategies", "steps"),
             "Output": ("report", "json", "quiet", "verbose", "no_progress"),
         },
         examples=(
@@ -91,6 +93,7 @@ class Given(NamedGiven, StatedGiven, ShownGiven):
 @mappings_option
 @key_option
 @fact_options
+@ranks_options(SRC="source", DST="target", BASE="base")
 @click.option("--report", metavar="FILE", type=LOCATION,
               help="Write the findings into FILE.html, FILE.md or FILE.png as well.")  # fmt: skip
 @output_options

@@ -16,7 +16,8 @@ def open_distributed(
 ) -> Assembled | None:
     """Open a directory that ranks wrote as one checkpoint, or return None where it is not one.
 
-    ``strategies``, ``step``: see :func:`.ranks.open_ranks`; they are asked for by some layouts only. Raises InputError
+    ``strategies``, ``step``: see :func:`.ranks.open_ranks`; they are asked for by some layouts only, and by default are
+    what :mod:`.told` has of the path. Raises InputError
     naming what is missing, disagrees or does not fit; nothing but headers is read, and what ranks hold that nothing
     says how to cut, to compare it. With ``findings`` what can be described is: errors that leave something to describe
     go there, and so do the tensors that cannot be put together.
@@ -30,9 +31,11 @@ def open_distributed(
     from .iterations import iteration_directory, open_iteration
     from .megatron import is_megatron, iteration, open_megatron
     from .ranks import is_rank_directory, open_ranks
+    from .told import step_of, strategies_of
     from .universal import open_universal, universal_directory
     from .zerofiles import zero_directory
 
+    strategies, step = strategies or strategies_of(path), step_of(path) if step is None else step
     if is_rank_directory(path):
         return open_ranks(path, strategies=strategies, step=step, findings=findings)
     path = iteration(path, step) or path

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorabridge.actions.choices import ConvertOptions
@@ -16,8 +18,10 @@ from lorabridge.actions.merge import merge
 from lorabridge.actions.merge_inputs import MergeOptions
 from lorabridge.actions.reassemble import reassemble
 from lorabridge.actions.reshard import ReshardOptions, reshard
+from lorabridge.commands._run import run
 from lorabridge.dialects.adapter import Fact, Facts
 from lorabridge.distributed.parallel import Sizes
+from lorabridge.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +98,78 @@ def test_a_merge_of_ranks_agrees_with_pefts(work: Path, tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert torch.allclose(ours[name], value, rtol=0, atol=2e-7), name
+
+
+@pytest.fixture
+def apart(work: Path, tmp_path: Path) -> Path:
+    """Return the ranks of both runs with their strategies somewhere else."""
+    for part in ("base", "lora"):
+        shutil.copytree(work / f"{part}_ranks", tmp_path / "runs" / f"{part}_ranks")
+        (tmp_path / "runs" / f"{part}_ranks" / "strategy").rename(tmp_path / f"{part}_strategy")
+    return tmp_path
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run the command line; returns the exit code and what it says."""
+
+    def call(*words: object) -> tuple[int, str]:
+        capsys.readouterr()
+        code = run([str(word) for word in words])
+        return code, "".join(capsys.readouterr())
+
+    return call
+
+
+def test_a_merge_is_told_the_strategies_of_both_runs(
+    work: Path, apart: Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    base, lora, out = apart / "runs" / "base_ranks", apart / "runs" / "lora_ranks", apart / "merged.safetensors"
+    said = ["--strategy", f"BASE={apart / 'base_strategy'}"]
+    code, text = command("merge", base, lora, out, "--alpha", 8, *said)
+    assert code == 3
+    assert "give --strategy" in text
+    assert not out.exists()
+    code, text = command(
+        "merge", base, lora, out, "--alpha", 8, *said, "--strategy", f"ADAPTER={apart / 'lora_strategy'}"
+    )
+    assert code == 0, text
+    merge(
+        work / "base_ms.safetensors", [work / "lora.safetensors"], apart / "one.safetensors",
+        MergeOptions(facts=Facts((Fact("*", "alpha", 8.0),))),
+    )  # fmt: skip
+    ours, whole = load_file(out), load_file(apart / "one.safetensors")
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_convert_diff_and_verify_are_told_a_strategy(
+    work: Path, apart: Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    base = apart / "runs" / "base_ranks"
+    whole, said = apart / "whole.safetensors", ["--strategy", apart / "base_strategy"]
+    assert command("convert", base, whole, "--from", "ms", "--to", "ms", *said)[0] == 0
+    assert command("diff", base, whole)[0] == 3
+    assert command("diff", base, whole, *said)[0] == 0
+    assert command("diff", whole, base, "--strategy", f"B={apart / 'base_strategy'}")[0] == 0
+    assert command("verify", base, whole, "--depth", "tensors", *said)[0] == 0
+
+
+def test_a_strategy_for_what_no_ranks_wrote_is_refused(
+    work: Path, apart: Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    whole = work / "base_ms.safetensors"
+    for said in (f"{apart / 'base_strategy'}", f"A={apart / 'base_strategy'}"):
+        code, text = command("diff", whole, whole, "--strategy", said)
+        assert code == 2
+        assert "a directory that ranks wrote" in text
+
+
+def test_a_merge_compares_the_copies_of_ranks_first(work: Path, tmp_path: Path) -> None:
+    ranks = Path(shutil.copytree(work / "base_ranks", tmp_path / "base_ranks"))
+    file = ranks / "rank_1" / "checkpoint.safetensors"
+    held = load_file(file)
+    name = next(n for n in held if n.endswith("attention_norm.weight"))
+    save_file({**held, name: held[name] + 1}, file, {"format": "ms"})
+    with pytest.raises(InputError, match="differs between ranks that should hold copies"):
+        merge(ranks, [work / "adapter"], tmp_path / "merged", MergeOptions(family="llama"))
+    assert not (tmp_path / "merged").exists()
