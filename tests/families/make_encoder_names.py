@@ -162,6 +162,8 @@ def mindformers() -> dict[str, list[Entry]]:
         "gpt2": [
             entry(built("gpt2", "gpt2", "GPT2LMHeadModel", "gpt2_config", "GPT2Config", own_gpt2), "GPT2LMHeadModel",
                   "GPT2Config", gpt2),
+            entry(built("gpt2", "gpt2", "GPT2ForSequenceClassification", "gpt2_config", "GPT2Config",
+                        own_gpt2 | labels), "GPT2ForSequenceClassification", "GPT2Config", gpt2 | labels),
         ],
         "t5": [entry(t5, "T5ForConditionalGeneration", "T5Config", T5 | BUCKETS | plain, own=crossed("t5"))],
         "mt5": [
