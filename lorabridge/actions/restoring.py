@@ -53,7 +53,7 @@ class Way:
     """A merged model in its base's names, and the way back from it.
 
     ``given``: the inputs, the base's side as their origin. ``config``: that of the base, where it is known. ``left``:
-    marks that the base is to keep, where it was itself a merged model.
+    marks that the base is to keep, where it was itself a merged model. ``nodes``: the weights that have a delta.
     """
 
     given: Opened
@@ -62,6 +62,7 @@ class Way:
     config: Json | None
     left: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    nodes: frozenset[str] = frozenset()
 
 
 def open_undo(path: Path | None) -> UndoFile | None:
@@ -92,11 +93,11 @@ def _texts(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def way_back(given: Opened, options: MergeOptions, undo: UndoFile | None) -> Way:
+def way_back(given: Opened, options: MergeOptions, undo: UndoFile | None, *, partial: bool = False) -> Way:
     """Plan the way from a merged model (``given.base``) back to its base; ``given.adapters``: what was merged.
 
-    Raises MappingError where model, adapters and undo file do not belong together, or where nothing but an undo file
-    could say what a parameter was.
+    ``partial``: what cannot be computed back without an undo file may stay as it is. Raises MappingError where model,
+    adapters and undo file do not belong together, or where nothing but an undo file could say what a parameter was.
     """
     held = merged_mark(given.base.source.metadata, where=str(given.base.path))
     model = prefixed(given.origin.parse(given.base.content()), BASE, given.base.source.specs)
@@ -120,15 +121,15 @@ def way_back(given: Opened, options: MergeOptions, undo: UndoFile | None) -> Way
     else:
         nodes = nodes_of(landed.model)
         warnings = check_held(given, model, nodes, options)
-        rest = left_over(held, nodes, given)
+        restored = best_inverse(model, landed, leave=options.leave, partial=partial)
+        rest = left_over(held, restored.nodes, given)
         left = {} if rest is None else {MERGED_KEY: rest.as_text()}
-        restored = best_inverse(model, landed, leave=options.leave)
         restored, embedding = tied_again(restored, model, held.added if held is not None else ())
         config = {**config, "tie_word_embeddings": True} if embedding and config is not None else config
     if ranges:
         restored = as_base(restored, ranges, label)
         config = shortened(config, ranges, label) if undo is None and config is not None else config
-    return Way(given, restored, undo, config, left, warnings)
+    return Way(given, restored, undo, config, left, warnings, frozenset(nodes_of(landed.model)))
 
 
 def _side(given: Opened, options: MergeOptions, undo: UndoFile | None, held: MergedMark | None) -> Dialect:

@@ -110,7 +110,7 @@ def writing_options(command: F) -> F:
 @click.option("--weights", metavar="W,W...", help="What each adapter's deltas were multiplied by; FILE knows it.")
 @click.option("--exact", is_flag=True, help="The merge was told --exact; FILE knows it.")
 @click.option("--leave", metavar="GLOB", multiple=True,
-              help="Parameters that stay as merged where nothing says what they were. May be repeated.")  # fmt: skip
+              help="Parameters that stay as they are in MERGED. May be repeated.")  # fmt: skip
 @any_adapter_option
 @names_options("--from", "--to")
 @mappings_option
@@ -127,6 +127,7 @@ def unmerge(
 
     With the undo file that merge wrote, the base comes back bit for bit on any machine, and its digests are checked.
     Without it the best inverse is computed: its report says how many elements are expected to differ from the base.
+    What an adapter replaced or normalised (DoRA) then stays as it is in MERGED, and is named.
     """
     out = Output("unmerge", given["json"], given["quiet"], given["verbose"])
     if undo is not None and (weights is not None or exact):

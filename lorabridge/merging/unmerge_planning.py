@@ -49,13 +49,13 @@ class Restored:
     """The base as expressions over the merged model and the adapters.
 
     ``nodes``: weights that are restored, before they are cut; ``away``: how many of their updates are taken away.
-    ``left``: what stays as it is in the merged model.
+    ``left``: what stays as it is in the merged model, each with the reason, which is empty where that was asked for.
     """
 
     model: Adapter
     nodes: Mapping[str, Compute] = field(default_factory=dict)
     away: Mapping[str, int] = field(default_factory=dict)
-    left: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
 
 
 def traces(base: Adapter, model: Adapter) -> Traces:
@@ -207,11 +207,14 @@ def _with(model: Adapter, values: Mapping[str, Expr], left_out: Sequence[tuple[s
     return replace(model, extras=tuple(extras), left_out=tuple(reasons.items()), merged=False)
 
 
-def best_inverse(model: Adapter, landed: Merged, *, leave: Sequence[str] = ()) -> Restored:
+def best_inverse(
+    model: Adapter, landed: Merged, *, leave: Sequence[str] = (), partial: bool = False
+) -> Restored:  # fmt: skip
     """Return the nearest to the base that can be computed from the merged model alone.
 
-    ``leave``: globs on parameters that stay as they are in the merged model. Raises MappingError where any other
-    parameter was replaced or normalised: nothing in the model says what it was.
+    ``leave``: globs on parameters that stay as they are in the merged model. A parameter that was replaced or
+    normalised, of which nothing in the model says what it was, stays as well where ``partial`` is set, else it is a
+    MappingError; so is a model from which nothing at all can be taken out, or that is not that of the merge.
     """
     found = traces(model, landed.model)
     left = tuple(extra.name for extra in model.extras if any(fnmatchcase(extra.name, pattern) for pattern in leave))
@@ -220,15 +223,14 @@ def best_inverse(model: Adapter, landed: Merged, *, leave: Sequence[str] = ()) -
         raise MappingError("--leave matches no parameter", where=idle, hint="`lorabridge inspect` lists the names")
     nodes = {name: node for name, node in found.nodes.items() if name not in left}
     copies, brought = _copies(found, nodes, landed.model), _brought(found)
-    where = [
-        f"{name}: {_gone(before, after)}"
-        for name, (before, after) in found.replaced.items()
-        if name not in copies and name not in brought and name not in left
-    ]
-    where += [f"{name}: {_NORMS}" for name, node in nodes.items() if not additive(recipe_of(node)[0])]
-    where += [f"{name}: the merged model has it in another shape than the adapter" for name in found.lost]
-    where += [f"{name}: the adapter brings it, the merged model does not have it" for name in found.added]
-    if where:
+    known = {*copies, *brought, *left}
+    gone = {name: _gone(*pair) for name, pair in found.replaced.items() if name not in known}
+    gone |= {name: _NORMS for name, node in nodes.items() if not additive(recipe_of(node)[0])}
+    nodes = {name: node for name, node in nodes.items() if name not in gone}
+    odd = [f"{name}: the merged model has it in another shape than the adapter" for name in found.lost]
+    odd += [f"{name}: the adapter brings it, the merged model does not have it" for name in found.added]
+    where = [*(f"{name}: {why}" for name, why in gone.items()), *odd]
+    if odd or (gone and not (partial and (nodes or brought))):
         raise MappingError(
             f"{counted(len(where), 'parameter')} cannot be computed back from the merged model",
             where=where,
@@ -242,7 +244,7 @@ def best_inverse(model: Adapter, landed: Merged, *, leave: Sequence[str] = ()) -
         values[name] = values[other]
     values |= {name: value for name, value in brought.items() if name not in left}
     away = {name: len(recipe_of(node)[0].updates) for name, node in nodes.items()}
-    kept = tuple(name for name in left if name in found.nodes or name in found.replaced)
+    kept = {name: "" for name in left if name in found.nodes or name in found.replaced} | gone
     return Restored(_with(model, values, [*landed.model.left_out, *_spare(landed)]), nodes, away, kept)
 
 

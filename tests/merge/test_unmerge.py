@@ -15,6 +15,7 @@ from small_models import DTYPES, adapter, bits, gpt2, plain_adapter, plain_model
 from lorabridge.actions.base_check import UNMERGED_KEY
 from lorabridge.actions.merge import merge
 from lorabridge.actions.merge_inputs import MergeOptions
+from lorabridge.actions.switch import switch
 from lorabridge.actions.undo import UndoSummary, UndoWriter
 from lorabridge.actions.unmerge import unmerge
 from lorabridge.errors import DifferentError, InputError, LorabridgeError, MappingError, OutputError
@@ -226,23 +227,25 @@ def test_without_an_undo_file_the_result_is_never_called_exact(tmp_path: Path, s
 
 def test_what_was_written_over_cannot_be_computed_back(tmp_path: Path, bases: dict[str, Path]) -> None:
     base = bases["float32"]
-    for kind, why in (("dora", "DoRA normalised it"), ("replaced", "the adapter replaced it")):
-        given = adapter(base, tmp_path / kind, **KINDS[kind])
-        merge(base, [given], tmp_path / f"{kind}_merged")
-        with pytest.raises(MappingError, match=why):
-            unmerge(tmp_path / f"{kind}_merged", [given], tmp_path / "no")
+    given = adapter(base, tmp_path / "dora", **KINDS["dora"])
+    merge(base, [given], tmp_path / "merged")
+    with pytest.raises(MappingError, match="DoRA normalised it"):
+        unmerge(tmp_path / "merged", [given], tmp_path / "no")
+    other = adapter(base, tmp_path / "other", seed=5)
+    with pytest.raises(MappingError, match="DoRA normalised it"):
+        switch(tmp_path / "merged", [given], [other], tmp_path / "no")
 
 
-def test_what_cannot_be_computed_back_may_stay_as_merged(tmp_path: Path, bases: dict[str, Path]) -> None:
+def test_what_cannot_be_computed_back_is_named_and_stays_as_merged(tmp_path: Path, bases: dict[str, Path]) -> None:
     base = bases["float32"]
     given = adapter(base, tmp_path / "adapter", **KINDS["replaced"])
     merge(base, [given], tmp_path / "merged")
     with pytest.raises(MappingError, match="matches no parameter"):
         unmerge(tmp_path / "merged", [given], tmp_path / "no", MergeOptions(leave=("*wpe*", "nothing*")))
-    with pytest.raises(MappingError, match="2 parameters cannot be computed back") as error:
-        unmerge(tmp_path / "merged", [given], tmp_path / "no", MergeOptions(leave=("*wpe*",)))
-    assert "ln_f.weight" in error.value.text()
-    done = unmerge(tmp_path / "merged", [given], tmp_path / "back", MergeOptions(leave=("*wpe*", "*ln_f*")))
+    done = unmerge(tmp_path / "merged", [given], tmp_path / "back", MergeOptions(leave=("*wpe*",)))
+    said = next(text for text in done.warnings if "the adapter replaced it" in text)
+    assert said.startswith("2 parameters as in the merged model, not as in the base")
+    assert said.endswith(": transformer.ln_f.bias, transformer.ln_f.weight")
     assert set(done.left_merged) == {"transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"}
     assert any("as in the merged model" in warning for warning in done.warnings)
     back, merged = bits(tmp_path / "back"), bits(tmp_path / "merged")
