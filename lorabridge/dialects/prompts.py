@@ -12,12 +12,14 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from ..axes import read
+from ..axes import Compute, read
 from ..errors import MappingError, counted
+from ..tensors import TensorSpec
 from .adapter import Adapter, Content, Extra, Fact, Facts, Json, Value, Written
 from .deltas import PREFIX, PROMPT, deltas, require
 from .optimizer import training_state
 from .pairs import Problems, in_mindspore
+from .prompts_folded import FOLDED, Computed
 
 TENSOR = "prompt_embeddings"
 KINDS = {"PREFIX_TUNING": PREFIX, "PROMPT_TUNING": PROMPT, "P_TUNING": PROMPT}
@@ -25,7 +27,6 @@ _TABLE = re.compile(
     r"^(?P<path>.*?)\.?(?:mindpet|tk)_delta_(?P<kind>ptuning2|prompttuning)_embedding\.embedding_table$"
 )
 _INDEX = re.compile(r"(^|\.)(mindpet|tk)_delta_ptuning2_prefix$")
-_PROJECTION = re.compile(r"(^|\.)(mindpet|tk)_delta_ptuning2_(trans|dense_in|dense_out)\.")
 _REPARAMETRISED = re.compile(r"(^|\.)(mindpet|tk)_delta_prefixtuning_")
 CELL = "prefix_encoder"
 """What MindPet's guide and MindFormers' GLM2 call their PrefixEncoder."""
@@ -92,37 +93,40 @@ class MindpetPrompts:
         return f"{counted(len(found), 'parameter')} such as {found[0]}" if found else None
 
     def parse(self, content: Content) -> Adapter:
-        """Read the rows; MappingError for reparametrised prefixes, whose rows are computed."""
+        """Read the rows, or compute what layers of their own make of them (see ``prompts_folded``).
+
+        MappingError: tensors beside them, parts that are missing, several prefixes, and PrefixLayers without a config.
+        """
         left_out = training_state(content.specs)
         skipped = {name for name, _ in left_out}
-        extras, cells = [], []
-        problems = Problems()
+        tables: list[tuple[str, str, TensorSpec]] = []
+        computed, problems = Computed(), Problems()
         for name, spec in content.specs.items():
             match = _TABLE.match(name)
-            if name in skipped:
+            if name in skipped or computed.take(name, spec):
                 continue
             if match is not None:
-                kind = PREFIX if match["kind"] == "ptuning2" else PROMPT
-                extras.append(Extra("", kind, read(spec), "delta"))
-                cells.append(match["path"])
+                tables.append((match["path"], PREFIX if match["kind"] == "ptuning2" else PROMPT, spec))
             elif _INDEX.search(name):
                 left_out.append((name, "the numbers 0, 1, 2 ..., which the cell makes itself"))
-            elif _PROJECTION.search(name):
-                problems.add(
-                    "a projection computes the prefix, and peft's file holds what it computes", name,
-                    "load it into lorabridge.layers.PrefixEncoder and save the parameters of its folded()",
-                )  # fmt: skip
-            elif _REPARAMETRISED.search(name):
-                problems.add(
-                    "PrefixLayer computes one matrix for keys and values alike, which no other project does", name,
-                    "load it into lorabridge.layers.PrefixLayer",
-                )  # fmt: skip
             else:
                 problems.add("trained beside the prompt, which has no place in the target", name, "save it by itself")
+        extras = [
+            Extra("", kind, computed.through(path, read(spec), problems) if kind == PREFIX else read(spec), "delta")
+            for path, kind, spec in tables
+        ]
+        together = computed.whole(content.config or {}, problems)
+        if together is not None:
+            extras.append(Extra("", PREFIX, together, "delta"))
+        computed.finish(problems)
         if len(extras) > 1:
+            cells = [*(path for path, _, _ in tables), *computed.layers]
             problems.add("several prefixes or prompts in one file", ", ".join(cells), "convert them apart")
         problems.raise_any(content.path)
-        return Adapter((), tuple(extras), dict(content.config or {}), tuple(left_out))
+        folded = any(isinstance(extra.value, Compute) for extra in extras) or together is not None
+        config = dict(content.config or {})
+        warnings = (FOLDED,) if folded else ()
+        return Adapter((), tuple(extras), config, (*left_out, *computed.left_out), warnings)
 
     def write(self, adapter: Adapter, facts: Facts) -> Written:
         """Spell a prefix or prompt below the cell that ``facts`` name; a prompt's must be named."""

@@ -288,19 +288,67 @@ def test_without_a_config_peft_takes_the_sizes_from_the_model(tmp_path: Path) ->
     assert "num_layers" not in config
 
 
-def test_reparametrised_prefixes_are_refused_with_their_cure(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [ms.float32, ms.float16])
+def test_a_projected_prefix_becomes_what_its_cell_computes(tmp_path: Path, dtype: ms.Type) -> None:
+    cell = layers.PrefixEncoder(3, 2, 2, 4, True, 5, 0.0)
+    cell.mindpet_delta_ptuning2_trans.to_float(ms.float32)
+    for parameter in cell.trainable_params():
+        parameter.set_data(ms.Tensor(parameter.asnumpy(), dtype))
+    ms.save_checkpoint(cell, str(tmp_path / "projected.ckpt"))
+    report = convert(tmp_path / "projected.ckpt", tmp_path / "back")
+    assert any("from which the projection cannot return" in warning for warning in report.warnings)
+    rows = load_file(tmp_path / "back" / "adapter_model.safetensors")["prompt_embeddings"].float().numpy()
+    parts = {p.name: p.asnumpy().astype(np.float64) for p in cell.get_parameters()}
+    table, w0, b0, w2, b2 = (
+        parts[f"mindpet_delta_ptuning2_{name}"]
+        for name in ("embedding.embedding_table", "trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
+    )
+    exact = np.tanh(table @ w0.T + b0) @ w2.T + b2
+    step = 2.0**-24 if dtype == ms.float32 else 2.0**-11
+    assert (np.abs(rows - exact) <= step * np.abs(exact) * 1.0001 + 1e-8).all(), "rounded once"
+    if dtype == ms.float32:
+        np.testing.assert_allclose(cell.rows().asnumpy(), rows, rtol=1e-5, atol=1e-6)
+
+
+def test_a_projected_prefix_computes_in_peft_what_it_did_in_mindspore(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    source, model = peft_file(tmp_path, "PREFIX_TUNING")
     cell = layers.PrefixEncoder(3, 2, 2, 4, True, 5, 0.0)
     ms.save_checkpoint(cell, str(tmp_path / "projected.ckpt"))
-    with pytest.raises(MappingError) as caught:
-        convert(tmp_path / "projected.ckpt", tmp_path / "back")
-    assert "folded()" in str(caught.value.hint)
-    ms.save_checkpoint(cell.folded(), str(tmp_path / "folded.ckpt"))
-    convert(tmp_path / "folded.ckpt", tmp_path / "back")
-    rows = load_file(tmp_path / "back" / "adapter_model.safetensors")["prompt_embeddings"]
-    np.testing.assert_array_equal(rows.numpy(), cell.rows().asnumpy())
-    ms.save_checkpoint(layers.PrefixLayer(4, 2, 2, 8, 5), str(tmp_path / "layer.ckpt"))
-    with pytest.raises(MappingError, match="keys and values alike"):
-        convert(tmp_path / "layer.ckpt", tmp_path / "other")
+    convert(tmp_path / "projected.ckpt", tmp_path / "back", ConvertOptions(config=source / "adapter_config.json"))
+    again = peft.PeftModel.from_pretrained(model.get_base_model(), str(tmp_path / "back")).eval()
+    prompt = again.get_prompt(batch_size=2)
+    for number, ours in enumerate(cell(2, ms.float32)):
+        for mine, theirs in zip(ours, (prompt.layers[number].keys, prompt.layers[number].values), strict=True):
+            np.testing.assert_allclose(mine.asnumpy(), theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_prefix_layers_become_one_prefix_of_peft(tmp_path: Path, separate: bool) -> None:
+    cells = ms.nn.CellList([layers.PrefixLayer(3, 1, 2, 8, 5, separate_value=separate) for _ in range(2)])
+    ms.save_checkpoint(cells, str(tmp_path / "layers.ckpt"))
+    with pytest.raises(MappingError, match="does not say how many layers"):
+        convert(tmp_path / "layers.ckpt", tmp_path / "back")
+    source, _ = peft_file(tmp_path, "PREFIX_TUNING")
+    config = source / "adapter_config.json"
+    convert(tmp_path / "layers.ckpt", tmp_path / "back", ConvertOptions(config=config))
+    rows = load_file(tmp_path / "back" / "adapter_model.safetensors")["prompt_embeddings"].numpy().reshape(3, 2, 2, 8)
+    for number, cell in enumerate(cells):
+        cell.set_train(False)
+        for part, ours in enumerate(cell.matrices()):
+            np.testing.assert_allclose(rows[:, number, part], ours.asnumpy(), rtol=1e-5, atol=1e-6)
+    config.write_text(config.read_text().replace('"num_virtual_tokens": 3', '"num_virtual_tokens": 1'))
+    with pytest.raises(MappingError, match="not of the config's sizes"):
+        convert(tmp_path / "layers.ckpt", tmp_path / "again", ConvertOptions(config=config))
+
+
+def test_projections_without_all_their_parts_are_refused(tmp_path: Path) -> None:
+    whole = layers.PrefixEncoder(3, 2, 2, 4, True, 5, 0.0).parameters_dict()
+    for left, said in (("trans.2.bias", "is missing"), ("embedding.embedding_table", "without the rows")):
+        rest = [{"name": n, "data": p} for n, p in whole.items() if not n.endswith(left)]
+        ms.save_checkpoint(rest, str(tmp_path / "part.ckpt"))
+        with pytest.raises(MappingError, match=said):
+            convert(tmp_path / "part.ckpt", tmp_path / "back", ConvertOptions(source_dialect="mindpet-prompt"))
 
 
 def test_inspect_shows_what_it_is_and_merge_says_why_not(tmp_path: Path) -> None:
