@@ -85,7 +85,7 @@ def unmerge(
     kept = restoring.open_undo(None if undo is None else Path(undo))
     options = restoring.recorded(options or MergeOptions(), kept, len(paths))
     with merge_inputs.opened(Path(merged), paths, options) as given:
-        way = restoring.way_back(given, options, kept)
+        way = restoring.way_back(given, options, kept, partial=True)
         said = {} if kept is not None else {UNMERGED_KEY: "the best inverse of a merge, not the base itself"}
         said |= way.left
         writing = restoring.planned(
@@ -109,7 +109,7 @@ def unmerge(
             tensors=len(writing.plan.specs),
             nbytes=writing.plan.nbytes,
             seconds=time.perf_counter() - started,
-            left_merged=way.restored.left,
+            left_merged=tuple(way.restored.left),
             rows=rows,
             wrong=restoring.expected_wrong(rows),
             left_out=tuple(writing.plan.unused),
@@ -123,10 +123,18 @@ def unmerge(
 def _warnings(way: Way, *, exact: bool) -> tuple[str, ...]:
     from ..reports.plain import count
 
-    left = way.restored.left
-    said = (f"{count(len(left), 'parameter')} as in the merged model, not as in the base: {', '.join(left)}",)
-    more = ("the result is still a merged model: it holds another adapter",) if MERGED_KEY in way.left else ()
-    return (*(() if exact else (INEXACT,)), *(said if left else ()), *more)
+    reasons: dict[str, list[str]] = {}
+    for name, why in way.restored.left.items():
+        reasons.setdefault(why, []).append(name)
+    said = [
+        f"{count(len(names), 'parameter')} as in the merged model, not as in the base"
+        + (f" ({why})" if why else "") + f": {', '.join(names)}"
+        for why, names in reasons.items()
+    ]  # fmt: skip
+    partly = any(name in way.nodes for name in way.restored.left)
+    what = "part of the adapter" if partly else "another adapter"
+    more = (f"the result is still a merged model: it holds {what}",) if MERGED_KEY in way.left else ()
+    return (*(() if exact else (INEXACT,)), *said, *more)
 
 
 INEXACT = (
