@@ -82,14 +82,13 @@ class _Inputs:
 
 def _copy_remote(remote: Remote, start: int, target: int, offset: int, length: int) -> None:
     """Copy a range of an object into a file; an InputError when the object ends early."""
-    block = memoryview(bytearray(min(length, REMOTE_BLOCK)))
-    while length:
-        done = remote.read_into(block[:length], start)
-        if done == 0:
-            problem = f"the object ends at byte {start:,}, {length:,} bytes earlier than its header promises"
-            raise InputError(problem, where=remote.url, hint="do not change input files during a run")
-        write_all(target, block[:done], offset)
-        start, offset, length = start + done, offset + done, length - done
+    if start + length > remote.size:
+        early = start + length - remote.size
+        problem = f"the object ends at byte {remote.size:,}, {early:,} bytes earlier than its header promises"
+        raise InputError(problem, where=remote.url, hint="do not change input files during a run")
+    for done in range(0, length, REMOTE_BLOCK):
+        data = remote.fetch(start + done, min(REMOTE_BLOCK, length - done))
+        write_all(target, memoryview(data), offset + done)
 
 
 def _open_input(path: Path) -> int:
