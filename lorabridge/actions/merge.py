@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..arithmetic import numerics
 from ..axes import Expr, computes, read, reads
 from ..conversion import plan
 from ..conversion.forward import Forward
 from ..dialects.blockscales import refuse_scaled
-from ..errors import MappingError
+from ..errors import MappingError, UsageError
 from ..joined import prefixed
 from ..merging.identity import MERGED_KEY, base_of, merged_mark
-from ..merging.kernel import Merger, Seen
+from ..merging.kernel import Merger, Merging, Seen
 from ..merging.planning import Merged
 from ..merging.planning import merge as merge_headers
 from ..merging.twins import comparing
@@ -58,15 +57,22 @@ def merge(
     """
     started = time.perf_counter()
     options = options or MergeOptions()
+    options.engine.check()
     writer = None
     if undo is not None:
         from .undo import UndoWriter
 
         watch = writer = UndoWriter(undo, options)
+    if watch is not None and options.engine.name != "process":
+        raise UsageError(
+            "what is made from every merged block, such as an undo file, is made by one process",
+            hint="use --engine process",
+        )
     with merge_inputs.opened(Path(base), paths_of(adapters), options) as given:
         job = plan_merge(given, target, options)
         seen, before_commit = (None, None) if watch is None or options.dry_run else watch(job)
-        merger, notes = Merger(seen), numerics.Notes()
+        merging = Merging(Merger(seen))
+        merger = merging.merger
         if not options.dry_run:
 
             def finish() -> None:
@@ -74,7 +80,7 @@ def merge(
                 if before_commit is not None:
                     before_commit()
 
-            write(job.model, options, merger.kernels(), finish, progress, notes)
+            write(job.model, options, merging, finish, progress)
         changes = merger.changes
         total = overall(changes)
         warnings = list(job.merged.warnings)

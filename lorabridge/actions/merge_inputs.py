@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .. import dialects
+from ..conversion.engines import Engine
 from ..conversion.forward import dialect_named
 from ..conversion.repository import Input, open_input
 from ..dialects.adapter import Adapter, Dialect, Extra, Facts, LoraModule
@@ -51,6 +52,7 @@ class MergeOptions:
     workers: int = 0
     dry_run: bool = False
     overwrite: bool = False
+    engine: Engine = field(default_factory=Engine)
 
 
 @dataclass(frozen=True, slots=True)

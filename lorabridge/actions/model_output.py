@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import formats, manifest
-from ..arithmetic import numerics
-from ..axes import Kernel
-from ..conversion import execute, plan
+from ..conversion import engines, plan
+from ..conversion.accounts import Arithmetic
 from ..conversion.forward import Forward, Settings, dialect_named, forward
 from ..conversion.repository import MODEL_CONFIG, Output, files_of, framework_of, plan_output, run_identity
+from ..conversion.shares import InputOpener, JoinedOpener
 from ..dialects.adapter import Adapter, Content, Dialect, Facts, Json, Written
 from ..errors import MappingError, OutputError, UsageError
 from ..files.fsio import require_space
@@ -22,7 +22,7 @@ from ..files.uploading import staged
 from ..merging.kernel import Merger
 from ..merging.planning import Merged
 from .inspect import family_candidates
-from .merge_inputs import MergeOptions, Opened
+from .merge_inputs import BASE, MergeOptions, Opened
 
 Progress = Callable[[int, int], None]
 
@@ -141,17 +141,20 @@ def check_finite(merger: Merger) -> None:
 
 
 def write(
-    model: ModelOutput, options: MergeOptions, kernels: Mapping[str, Kernel], before_commit: Callable[[], None],
-    progress: Progress | None, notes: numerics.Notes | None = None,
+    model: ModelOutput, options: MergeOptions, arithmetic: Arithmetic, before_commit: Callable[[], None],
+    progress: Progress | None,
 ) -> None:  # fmt: skip
-    """Write a planned model; ``kernels``: what its plan needs beside casts. ``before_commit`` may still refuse it."""
+    """Write a planned model; ``before_commit`` may still refuse it."""
     output, framework = model.output, model.goal.framework
     sidecar = None if output.directory else manifest.sidecar(output.target)
     if sidecar is not None and sidecar.exists() and not options.overwrite:
         raise OutputError("the output's manifest exists", where=str(sidecar), hint="move it away or pass --overwrite")
     require_space(output.target.parent, model.plan.nbytes + (model.plan.nbytes >> 6))
     files = _beside(model)
-    noted = notes or numerics.Notes()
+    given = (model.given.base, *model.given.adapters)
+    opener = JoinedOpener(
+        tuple((label, InputOpener.of(one.path)) for label, one in zip((BASE, *model.given.labels), given, strict=True))
+    )
     with staged(
         output.target, digest=_identity(model), overwrite=options.overwrite, directory=output.directory
     ) as staging:
@@ -159,11 +162,11 @@ def write(
             output.format, staging.create, output.file, max_shard_size=model.shard_size,
             flavour="ms" if framework == "mindspore" else "hf", crc=options.crc,
         )  # fmt: skip
-        execute.run(
-            model.plan, model.given.joined, sink,
-            kernels=lambda name: {**numerics.kernels(name, noted, {}), **kernels},
+        engines.run(
+            model.plan, model.given.joined, sink, engine=options.engine,
+            work=engines.Work(opener, staging.path, output.format), arithmetic=arithmetic,
             metadata={"format": "ms" if framework == "mindspore" else "pt", **model.metadata},
-            workers=options.workers or execute.default_workers(), progress=progress,
+            workers=options.workers, progress=progress,
         )  # fmt: skip
         for name, raw in files.items():
             file = staging.create(name)

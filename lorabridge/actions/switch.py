@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..axes import computes
+from ..conversion.accounts import Here
 from ..dialects.adapter import Adapter
 from ..merging.identity import MERGED_KEY, MergedMark, merged_mark
 from ..merging.kernel import Merger, Seen
@@ -196,5 +197,5 @@ def _run(
             finish()
 
     if not options.dry_run:
-        write(writing, options, unmerger.kernels(), before_commit, progress)
+        write(writing, options, Here(unmerger.kernels()), before_commit, progress)
     return merger, unmerger

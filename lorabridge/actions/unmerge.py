@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..conversion.accounts import Here
 from ..merging.identity import MERGED_KEY
 from ..merging.unmerge_kernel import Unmerger
 from . import merge_inputs, restoring
@@ -94,7 +95,7 @@ def unmerge(
         )  # fmt: skip
         unmerger = Unmerger(way.restored.away, kept)
         if not options.dry_run:
-            write(writing, options, unmerger.kernels(), unmerger.check, progress)
+            write(writing, options, Here(unmerger.kernels()), unmerger.check, progress)
         rows = restoring.guesses(unmerger)
         touched = tuple(kept.tensors) if kept is not None else tuple(way.restored.nodes)
         return UnmergeReport(

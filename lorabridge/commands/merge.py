@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import click
 
@@ -16,6 +16,7 @@ from ._options import (
     ShownGiven,
     StatedGiven,
     WrittenGiven,
+    engine_options,
     fact_options,
     key_option,
     mappings_option,
@@ -43,6 +44,8 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
     onto_merged: bool
     any_base: bool
     undo: Path | None
+    engine: Literal["process", "ray"]
+    address: str | None
 
 
 @documented(
@@ -57,6 +60,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
             "What the adapter does not say": tuple(FACTS),
             "Numbers": ("weights", "exact", "residual_base", "onto_merged", "any_base"),
             "Writing": ("undo", "max_shard_size", "crc", "workers", "dry_run", "overwrite"),
+            "Machines": ("engine", "address"),
             "Output": ("json", "quiet", "verbose", "no_progress"),
         },
         examples=(
@@ -99,6 +103,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
               help="Threads; by default one per CPU, at most 8. The output does not depend on it.")  # fmt: skip
 @click.option("-n", "--dry-run", is_flag=True, help="Plan and report; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, in one step, if it exists.")
+@engine_options
 @output_options
 @progress_option
 def merge(base: Path, adapters: tuple[Path, ...], target: str, **given: Unpack[Given]) -> None:
@@ -125,6 +130,7 @@ def merge(base: Path, adapters: tuple[Path, ...], target: str, **given: Unpack[G
 
 def _options(given: Given) -> MergeOptions:
     from ..actions.merge_inputs import MergeOptions
+    from ..conversion.engines import Engine
 
     return MergeOptions(
         adapter_dialect=given["adapter_dialect"], target_dialect=given["target_dialect"], family=given["family"],
@@ -133,6 +139,7 @@ def _options(given: Given) -> MergeOptions:
         residual_base=given["residual_base"], onto_merged=given["onto_merged"], any_base=given["any_base"],
         max_shard_size=given["max_shard_size"], crc=given["crc"], workers=given["workers"],
         dry_run=given["dry_run"], overwrite=given["overwrite"],
+        engine=Engine(given["engine"], given["address"]),
     )  # fmt: skip
 
 

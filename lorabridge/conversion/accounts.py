@@ -9,6 +9,7 @@ from typing import Protocol, Self
 from ..arithmetic import numerics
 from ..arithmetic.notes import Notes
 from ..axes import Kernel
+from ..errors import UsageError
 
 
 class Arithmetic(Protocol):
@@ -49,3 +50,22 @@ class Numeric:
     def absorb(self, other: Numeric) -> None:
         """Add what a part of the run noted elsewhere."""
         self.notes.absorb(other.notes)
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """Kernels that hold what only this process has, beside casts."""
+
+    own: Mapping[str, Kernel]
+    notes: Notes = field(default_factory=Notes)
+
+    def kernels(self, output: str) -> Mapping[str, Kernel]:
+        """Return the kernels for one output."""
+        return {**numerics.kernels(output, self.notes, {}), **self.own}
+
+    def elsewhere(self) -> Here:
+        """Refuse with a UsageError."""
+        raise UsageError("this is done by one process", hint="use --engine process")
+
+    def absorb(self, other: Here) -> None:
+        """Do nothing: there is no other."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import UsageError
+from ..files import placeholders
 from ..files.syscalls import refusals, sync
 from ..formats import keys
 from ..formats.ranges import ranged
@@ -87,6 +88,7 @@ def run(
     placing = ranged(sink, work.format)
     terms, stamps = terms_of(work.opener, source), stamps_of(source)
     before = execute.identities(source, extents)
+    _refuse_stores([*before, work.folder])
     found = {spec.name: hashlib.sha256().hexdigest() for spec in plan.specs} if digests else {}
     copied = computed = 0
     with engine_ray.cluster(engine.address) as machines:
@@ -120,6 +122,16 @@ def _refuse_sealed(source: Source, extents: Mapping[str, tuple[Extent, ...]]) ->
         raise UsageError(
             "the key of an encrypted checkpoint is not given to other machines", where=str(source.path),
             hint="use --engine process, or leave the key out where nothing is encrypted",
+        )  # fmt: skip
+
+
+def _refuse_stores(paths: Iterable[Path]) -> None:
+    """Refuse what this process has placeholders for: no other machine has them."""
+    remote = [str(path) for path in paths if placeholders.destination(path) is not None]
+    if remote:
+        raise UsageError(
+            "what lies in a store is read and written by one process", where=remote,
+            hint="use --engine process, or a file system that every machine of the cluster mounts",
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from .. import __version__
 from ..distributed.assembled import Assembled
+from ..distributed.told import step_of, strategies_of
 from ..errors import InputError, LorabridgeError, UsageError
 from ..formats.ranges import PlacedSink
 from ..joined import Joined
@@ -55,8 +56,9 @@ class InputOpener:
 
     @classmethod
     def of(cls, path: Path, strategies: Sequence[Path] = (), step: str | None = None) -> InputOpener:
-        """Make the paths such as other processes can open."""
-        return cls(path.absolute(), tuple(one.absolute() for one in strategies), step)
+        """Make the paths such as other processes can open; what ``distributed.told`` has of the path is told them."""
+        found = strategies or strategies_of(path)
+        return cls(path.absolute(), tuple(one.absolute() for one in found), step_of(path) if step is None else step)
 
     def open(self) -> Source:
         """Open the source."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from threading import Lock
 
 import numpy as np
@@ -11,10 +12,13 @@ from ..arithmetic import addition
 from ..arithmetic.addition import Change, added
 from ..arithmetic.deltas import Delta, Matrix
 from ..arithmetic.floats import Bits, values
+from ..arithmetic.notes import Notes
+from ..arithmetic.numerics import kernels as numeric_kernels
 from ..arithmetic.recipe import Recipe, recipe_of
 from ..axes import Compute, Kernel
 from ..conversion.blocks import copy_tiled
 from ..dtypes import DType
+from ..errors import UsageError
 from .prepared import Prepared, deltas_of
 
 Seen = Callable[[str, DType, tuple[int, int], int, Bits, Bits, Matrix | None], None]
@@ -44,6 +48,20 @@ class Merger:
         """What changed so far, per base parameter, sorted."""
         with self._lock:
             return dict(sorted(self._changes.items()))
+
+    @property
+    def watched(self) -> bool:
+        """Every block is shown to somebody in this process."""
+        return self._seen is not None
+
+    def absorb(self, changes: Mapping[str, Change]) -> None:
+        """Add what changed in parts that another process merged."""
+        with self._lock:
+            for name, change in changes.items():
+                self._changes[name] = self._changes.get(name, Change()).plus(change)
+
+    def __reduce__(self) -> tuple[Callable[[Mapping[str, Change]], Merger], tuple[Mapping[str, Change]]]:
+        return _merger, (self.changes,)
 
     def kernels(self) -> Mapping[str, Kernel]:
         """Return the kernel as :func:`lorabridge.axes.evaluate` takes it."""
@@ -78,6 +96,38 @@ class Merger:
             return deltas_of(recipe, node.shape[1], operands)
 
         return self._ready.get((recipe, node.args[1:]), made)
+
+
+def _merger(changes: Mapping[str, Change]) -> Merger:
+    made = Merger()
+    made.absorb(changes)
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Merging:
+    """The merger's kernel and the casts around it; see :class:`lorabridge.conversion.accounts.Arithmetic`."""
+
+    merger: Merger
+    notes: Notes = field(default_factory=Notes)
+
+    def kernels(self, output: str) -> Mapping[str, Kernel]:
+        """Return the kernels for one output."""
+        return {**numeric_kernels(output, self.notes, {}), **self.merger.kernels()}
+
+    def elsewhere(self) -> Merging:
+        """Return what merges in another process; a UsageError where somebody watches here."""
+        if self.merger.watched:
+            raise UsageError(
+                "what is made from every merged block, such as an undo file, is made by one process",
+                hint="use --engine process",
+            )
+        return Merging(Merger())
+
+    def absorb(self, other: Merging) -> None:
+        """Add what another process merged."""
+        self.notes.absorb(other.notes)
+        self.merger.absorb(other.merger.changes)
 
 
 def _contiguous(bits: Bits) -> Bits:

@@ -109,3 +109,20 @@ def llama(folder: Path) -> Path:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(sizes))
     return folder
+
+
+def adapter(folder: Path) -> Path:
+    """Write a LoRA adapter of the small Llama's attention as peft does."""
+    rng = np.random.default_rng(4)
+    folder.mkdir()
+    modules = [f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qv"]
+    shapes = {"lora_A": (4, 64), "lora_B": (64, 4)}
+    tensors = {
+        f"base_model.model.{module}.{factor}.weight": rng.standard_normal(shape).astype(np.float32)
+        for module in modules
+        for factor, shape in shapes.items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

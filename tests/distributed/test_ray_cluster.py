@@ -20,6 +20,7 @@ from ray_sources import TENSORS, Slow, written
 from lorabridge.actions import convert as converting
 from lorabridge.actions.choices import ConvertOptions
 from lorabridge.actions.convert import convert
+from lorabridge.actions.merge import MergeOptions, merge
 from lorabridge.actions.reassemble import reassemble
 from lorabridge.actions.reshard import ReshardOptions, reshard, reshard_files
 from lorabridge.conversion import engine_ray
@@ -129,6 +130,20 @@ def test_an_adapter_comes_with_its_digests_and_goes_back_bit_for_bit(machines: M
     assert "restored bit for bit from the manifest" in back.notes
     weights = "adapter_model.safetensors"
     assert (tmp_path / "back" / weights).read_bytes() == (source / weights).read_bytes()
+
+
+def test_a_merge_gives_the_bytes_and_the_account_of_a_local_run(machines: Machines, tmp_path: Path) -> None:
+    base = ray_sources.llama(tmp_path / "base")
+    adapter = ray_sources.adapter(tmp_path / "adapter")
+    reports = {}
+    for folder, engine in (("one", Engine()), ("two", RAY)):
+        reports[folder] = merge(base, adapter, f"{tmp_path / folder}/", MergeOptions(engine=engine))
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert reports["two"].rows == reports["one"].rows
+    assert len(reports["two"].rows) == 4
+    with pytest.raises(UsageError, match="such as an undo file"):
+        merge(base, adapter, f"{tmp_path}/three/", MergeOptions(engine=RAY), undo=tmp_path / "undo")
+    assert not (tmp_path / "three").exists()
 
 
 # Ranks

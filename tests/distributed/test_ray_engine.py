@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from lorabridge import formats
 from lorabridge.actions.choices import ConvertOptions
+from lorabridge.actions.convert import convert
 from lorabridge.actions.reassemble import reassemble
 from lorabridge.actions.reshard import ReshardOptions, reshard
 from lorabridge.axes import cast, read, scale
@@ -33,6 +34,7 @@ from lorabridge.distributed import open_distributed
 from lorabridge.dtypes import BY_NAME
 from lorabridge.errors import InputError, LorabridgeError, StorageError, UsageError
 from lorabridge.files.fsio import Staging
+from lorabridge.formats import keys
 from lorabridge.formats.ranges import PlacedSink, ranged
 from lorabridge.tensors import Extent, Source
 
@@ -70,6 +72,24 @@ def cut_in_shares(
     tasks = cut(plan, {name: source.extents(name) for name in source.specs}, whole=False)
     known = shares.stamps_of(source) if stamps is None else stamps
     return list(shares.shares(shares.terms_of(opener, source), tasks, places, 2, stamps=known, arithmetic=Numeric()))
+
+
+# What is refused
+
+
+@needs_ray
+def test_stores_and_keys_stay_with_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "in.safetensors"
+    save_file({"a": np.ones((2, 3), np.float32)}, source)
+    options = ConvertOptions(target_dialect="ms", family="identity", engine=RAY)
+    with pytest.raises(UsageError, match="what lies in a store is read and written by one process"):
+        convert(source, "memory://ray-out/out.ckpt", options)
+    sealed = tmp_path / "sealed.ckpt"
+    with keys.using(keys.Key(b"0123456789abcdef", "a test")):
+        convert(source, sealed, replace(options, engine=Engine(), encrypt="aes-gcm"))
+        with pytest.raises(UsageError, match="the key of an encrypted checkpoint is not given to other machines"):
+            convert(sealed, tmp_path / "out.safetensors", ConvertOptions(family="identity", engine=RAY))
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 # Shares, without a cluster
