@@ -168,7 +168,8 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 def cli(ctx: click.Context) -> None:
     """Carry LoRA adapters and checkpoints between PyTorch and MindSpore.
 
-    Conversions are exact and can be undone; a run writes everything or nothing. Each command has its own --help.
+    Conversions are exact and can be undone; a run writes everything or nothing. Paths may lie in stores: s3://, obs://,
+    hf://. Each command has its own --help.
     """
     if ctx.invoked_subcommand is None:
         write(sys.stderr, ctx.get_help())
