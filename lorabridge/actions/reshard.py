@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -123,12 +124,18 @@ def _plan(given: Input, options: ReshardOptions) -> tuple[plan.Plan, Stages, tup
     """Return the plan, the target's layouts, and the names of what every rank holds."""
     stages: Stages = {}
     whole: tuple[str, ...] = ()
+    specs = dict(sorted(given.source.specs.items(), key=_numbered))  # stages leave tensors in another order
     if options.dcp is not None:
-        outputs = chunks(given.source.specs, _dcp_ranks(options))
+        outputs = chunks(specs, _dcp_ranks(options))
     else:
-        stages = _stages(given, options)
-        outputs, whole = _cut(given.source.specs, stages)
+        stages = _stages(given, specs, options)
+        outputs, whole = _cut(specs, stages)
     return plan.build(given.source.specs, outputs, seed="reshard"), stages, whole
+
+
+def _numbered(item: tuple[str, object]) -> list[tuple[int, str]]:
+    """Return what sorts names by the numbers in them: layer 2 before layer 10."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d{1,18})", item[0])]
 
 
 def _dcp_ranks(options: ReshardOptions) -> int:
@@ -145,14 +152,15 @@ def _format(given: Input, options: ReshardOptions) -> str:
     )
 
 
-def _stages(given: Input, options: ReshardOptions) -> dict[int, dict[str, Layout]]:
+def _stages(
+    given: Input, specs: Mapping[str, TensorSpec], options: ReshardOptions
+) -> dict[int, dict[str, Layout]]:  # fmt: skip
     """Return the layouts of the target's stages, as told or made from sizes, fitted to the tensors."""
     if bool(options.to) == (options.sizes is not None):
         raise UsageError(
             "the target's layout is not said" if not options.to else "the target's layout is said twice",
             hint="give --strategy NEW, or sizes: --tp, --pp, --opt-shard",
         )
-    specs = given.source.specs
     if options.sizes is not None:
         placed = given.source.arrangement.placed if isinstance(given.source, Assembled) else {}
         known = {name: p.layout for name, p in placed.items() if p.layout is not None}

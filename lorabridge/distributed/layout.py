@@ -39,6 +39,8 @@ class Layout:
     cuts: tuple[tuple[int, ...], ...]
     optimizer: int = 0
     shape: tuple[int, ...] | None = None
+    rows: tuple[int, ...] = ()
+    field: int = 0
 
     @property
     def devices(self) -> int:
@@ -84,6 +86,8 @@ class Layout:
             return f"{self.optimizer} optimizer shards do not divide {replicas} replicas"
         if self.shards > 1 and not self.cuts:
             return "a scalar cannot be cut into optimizer shards"
+        if self.rows and (self.field or len(self.rows) != math.prod(self.parts)):
+            return f"it says the rows of {len(self.rows)} slices, and there are {math.prod(self.parts)}"
         return ""
 
     def local_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:

@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..axes import ShapeError
 from ..errors import InputError, UsageError, counted
 from ..formats import FORMATS, identify
 from ..formats.untrusted import shown
 from ..tensors import TensorSpec
 from .assembled import Arrangement, Assembled, Copy, Files, Placed
+from .embeddings import Holes, place_embedding
 from .grid import Box
 from .layout import Layout, assemble
 from .placing import Broken, Findings, grouped, place_whole, settle
@@ -221,6 +223,8 @@ class _Arranging:
             elif len(absent) < len(members):  # a whole stage is said once
                 self.problems.append(f"{shown(name)}: on no rank that is there; rank {_listed(absent)} is missing")
             return None
+        if layout.rows or layout.field:
+            return self._embedding(stage, name, layout, held, first)
         shapes = {(spec.dtype, spec.shape) for spec in held.values()}
         if len(shapes) > 1:
             said = ", ".join(f"rank {rank} {spec.dtype} {spec.shape}" for rank, spec in held.items())
@@ -233,6 +237,27 @@ class _Arranging:
             self._break(name, f"slices of shape {local} are not of the strategy's layout{whole}", held, stage)
             return None
         return self._put_together(stage, name, fits, held, first)
+
+    def _embedding(
+        self, stage: int, name: str, layout: Layout, held: Mapping[int, TensorSpec], first: int
+    ) -> Placed | None:
+        """Put a parameter of unequal slices together."""
+        pieces = {r - first: (f"{self.ranks[r]}/{name}", self.pieces.piece(self.ranks[r], name)) for r in held}
+        try:
+            if len({expr.dtype for _, expr in pieces.values()}) > 1:
+                raise ValueError("slices differ in type")
+            return place_embedding(name, layout, pieces, first, stage)
+        except Holes as holes:
+            lost = sorted({rank for ranks in holes.missing.values() for rank in ranks})
+            self.problems.append(f"{shown(name)}: {holes}: rank {_listed(lost)}")
+            if self.findings is not None:
+                dtype = next(iter(held.values())).dtype
+                self.findings.broken[name] = Broken(
+                    name, dtype, holes.shape, holes.held, str(holes), holes.missing, layout, stage
+                )
+        except (ValueError, ShapeError) as error:
+            self._break(name, str(error), held, stage)
+        return None
 
     def _break(self, name: str, problem: str, held: Mapping[int, TensorSpec], stage: int) -> None:
         """Note what is wrong with a tensor, and the ranks' own tensors of its name."""

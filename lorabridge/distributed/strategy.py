@@ -23,6 +23,8 @@ from ..formats.wire import BYTES, VARINT, Window, WireError, delimited, varint
 from .layout import Layout
 
 MAX_AXES = 32
+MAX_SLICES = 1 << 16
+"""Slices of one parameter whose rows a strategy says."""
 MAX_STAGES = 1 << 16
 MAX_FOLDINGS = 1 << 16
 """Ways to fold an expanded layout that are tried."""
@@ -46,8 +48,7 @@ class Strategy:
 def read_strategy(paths: Sequence[Path]) -> Strategy:
     """Read strategy files: one of a merged run, or one per pipeline stage; a directory stands for the files in it.
 
-    Raises InputError for what is no strategy, for stages that are missing or differ between two files, and for
-    layouts that this version does not put together (multi-field embeddings, uneven splits).
+    Raises InputError for what is no strategy, and for stages that are missing or differ between two files.
     """
     files = [file for path in paths for file in _files(Path(path))]
     found: dict[int, tuple[Path, dict[str, Layout]]] = {}
@@ -117,20 +118,28 @@ def _from_json(data: bytes) -> tuple[int, dict[str, Layout]]:
     layouts = _table(root, "parallel_layout_item")
     items: dict[str, Layout] = {}
     for name, value in layouts.items():
-        if _numbers(value, "field", 0)[0]:
-            raise ValueError(f"{shown(name)} is a multi-field embedding, which is not supported")
-        if isinstance(value, dict) and any(map(value.get, ("param_split_shape", "indices_offset"))):
-            raise ValueError(f"{shown(name)} is split unevenly, which is not supported")
+        rows = _numbers(value, "param_split_shape", None) if _said(value, "param_split_shape") else []
         flat = _numbers(value, "tensor_map", None)
         grid, shape = _numbers(value, "dev_matrix", None), _numbers(value, "tensor_shape", None)
         if len(shape) != len(flat):
             raise ValueError(f"{shown(name)} has {len(flat)} mapped axes and the shape {shape}")
-        items[name] = _layout(grid, [[axis] for axis in flat], _numbers(value, "opt_weight_shard_size", 0)[0], shape)
+        found = _layout(grid, [[axis] for axis in flat], _numbers(value, "opt_weight_shard_size", 0)[0], shape)
+        items[name] = replace(found, rows=_rows(rows), field=_numbers(value, "field", 0)[0])
     stage = 0
     for value in _table(root, "parallel_strategy_item").values():
         stage = _numbers(value, "stage", 0)[0]
         break
     return stage, items
+
+
+def _said(value: object, key: str) -> bool:
+    return isinstance(value, dict) and bool(value.get(key))
+
+
+def _rows(numbers: Sequence[int]) -> tuple[int, ...]:
+    if any(n < 0 for n in numbers):
+        raise ValueError("a slice has a negative number of rows")
+    return tuple(numbers)
 
 
 def _table(root: object, key: str) -> Mapping[str, object]:
@@ -145,8 +154,9 @@ def _numbers(value: object, key: str, default: int | None) -> list[int]:
     found = value.get(key, default) if isinstance(value, dict) else None
     listed = found if isinstance(found, list) else [found]
     numbers = [n for n in listed if type(n) is int and -(2**31) <= n < 2**53]
-    if len(numbers) < len(listed) or len(numbers) > MAX_AXES:
-        raise ValueError(f"{key} is no list of at most {MAX_AXES} integers")
+    most = MAX_SLICES if key == "param_split_shape" else MAX_AXES
+    if len(numbers) < len(listed) or len(numbers) > most:
+        raise ValueError(f"{key} is no list of at most {most} integers")
     return numbers
 
 
@@ -199,21 +209,18 @@ def _item(window: Window, start: int, stop: int) -> tuple[str, Layout]:
     single = {5: 0, 6: 0, 7: 0}
     for number, kind, value, after in _fields(window, *span):
         if number in lists and kind == BYTES:
-            lists[number].append(_dims(window, value, after))
+            lists[number].append(_dims(window, value, after, MAX_AXES if number < 3 else MAX_SLICES))
         elif number in single and kind == VARINT:
             single[number] = _signed(value)
-    if single[5]:
-        raise ValueError(f"{shown(name)} is a multi-field embedding, which is not supported")
-    if any(lists[3]) or any(lists[4]):
-        raise ValueError(f"{shown(name)} is split unevenly, which is not supported")
     if not lists[1] or not lists[1][0]:
         raise ValueError(f"{shown(name)} has no device matrix: the run had pipeline stages only")
     maps = lists[2]
     axes = [[axis] for axis in maps[0]] if len(maps) == 1 else [axes for axes in maps if axes]
-    return name, _layout(lists[1][0], axes, single[7], None)
+    rows = _rows([n for listed in lists[3] for n in listed])
+    return name, replace(_layout(lists[1][0], axes, single[7], None), rows=rows, field=single[5])
 
 
-def _dims(window: Window, start: int, stop: int) -> list[int]:
+def _dims(window: Window, start: int, stop: int, most: int) -> list[int]:
     """Return a message's repeated numbers, packed or not."""
     dims: list[int] = []
     for number, kind, value, after in _fields(window, start, stop):
@@ -225,8 +232,8 @@ def _dims(window: Window, start: int, stop: int) -> list[int]:
             while value < after:
                 one, value = window.varint(value, after)
                 dims.append(_signed(one))
-        if len(dims) > MAX_AXES:
-            raise ValueError(f"more than {MAX_AXES} axes")
+        if len(dims) > most:
+            raise ValueError(f"more than {most} axes or slices")
     return dims
 
 
@@ -248,7 +255,12 @@ def fitted(layout: Layout, local: Sequence[int]) -> Layout | None:
 
 
 def folded(layout: Layout, shape: Sequence[int]) -> Layout | None:
-    """Return a layout with one entry per axis of a whole tensor, and its shape; None where it cannot cut the tensor."""
+    """Return a layout with one entry per axis of a whole tensor, and its shape; None where it cannot cut the tensor.
+
+    Neither can one of unequal slices, which are read only.
+    """
+    if layout.rows or layout.field:
+        return None
     if len(layout.cuts) == len(shape):
         fits = layout.shape in (None, tuple(shape)) and layout.local_shape(shape) is not None
         return replace(layout, shape=tuple(shape)) if fits else None
@@ -299,7 +311,7 @@ def _layout_bytes(layout: Layout) -> bytes:
         step = math.prod(layout.grid[free[-1] + 1 :]) if free else 0
     out = _field(1, _dims_bytes(layout.grid))
     out += b"".join(_field(2, _dims_bytes(axes)) for axes in tensor_maps)
-    out += _field(3, b"") + _field(4, b"") + _number(5, 0)
+    out += _field(3, _dims_bytes(layout.rows)) + _field(4, b"") + _number(5, layout.field)
     return out + _number(6, step) + _number(7, layout.optimizer)
 
 

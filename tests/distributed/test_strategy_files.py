@@ -102,7 +102,12 @@ def test_files_that_are_no_strategy_are_refused(tmp_path: Path) -> None:
     bad.write_text(
         '{"parallel_layout_item": {"w": {"dev_matrix": [2], "tensor_map": [0], "tensor_shape": [4], "field": 3}}}'
     )
-    with pytest.raises(InputError, match="multi-field"):
+    assert read_strategy([bad]).stages[0]["w"].field == 3
+    bad.write_text(
+        '{"parallel_layout_item": {"w": {"dev_matrix": [2], "tensor_map": [0], "tensor_shape": [4],'
+        ' "param_split_shape": [1, 2, 1]}}}'
+    )
+    with pytest.raises(InputError, match="it says the rows of 3 slices, and there are 2"):
         read_strategy([bad])
 
 
