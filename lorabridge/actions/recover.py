@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,13 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from ..arithmetic.floats import Numbers, values
-from ..axes import Expr, read
+from ..axes import Expr, cut, read, reshape
 from ..conversion.repository import open_input
 from ..dialects.adapter import Adapter, Extra, Fact, Facts, LoraModule
 from ..dialects.pairs import weight_names
 from ..errors import InputError, LorabridgeError, MappingError
+from ..families import tables
+from ..families.rules import SideName
+from ..merging.landing import home_of
 from ..tensors import Source
 from . import bounds
+from .inspect import family_candidates
 from .inspect_pairs import loose_pairs
 from .recover_fit import Fit, Reading, fit, readings
 from .recover_report import RecoveredRow, RecoverReport, suggest
@@ -114,6 +118,9 @@ def recover(
         given, source, names, unknowns, own, side = _unknowns(adapter, options, stand_in, stack)
         way = _way(models, side, options)
         before, after = (_parameters(way.carry(m.adapter, m.names, names)) for m in models)
+        if side is not None:
+            unknowns = _spelled(unknowns, side, {name: extra.value.shape for name, extra in before.items()},
+                                _tables(way, models[0], options))  # fmt: skip
         work = _Work(before, models[0].source, after, models[1].source, own, source)
         rows = []
         for done, one in enumerate(unknowns):
@@ -138,6 +145,35 @@ def _way(models: Sequence[Side], adapter: Side | None, options: RecoverOptions) 
         other = next((m for m in models if m.names != adapter.names), models[0])
         return route(other, adapter, models, adapter.kept, told)
     return named_route(told, next((side.given.model_config for side in models if side.given.model_config), None))
+
+
+def _tables(way: Route, base: Side, options: RecoverOptions) -> Iterator[tables.Table]:
+    """Yield the table that is named or that leads to the adapter's names, else those that know the base's names."""
+    if way.table is not None and not way.table.identity:
+        yield way.table
+        return
+    for family in family_candidates(base.given, base.dialect, mappings=options.mappings):
+        yield tables.load_family(family, options.mappings)
+
+
+def _spelled(
+    unknowns: Sequence[Unknown], side: Side, shapes: Mapping[str, tuple[int, ...]], known: Iterable[tables.Table]
+) -> list[Unknown]:  # fmt: skip
+    """Give experts that the adapter names as one tensor the names of models that store them one by one."""
+    lost = [one for one in unknowns if one.module and one.module.stack and not home_of(one.module, shapes)]
+    if not lost:
+        return list(unknowns)
+    alone = replace(side.adapter, modules=tuple(one.module for one in lost if one.module), extras=())
+    for table in known:
+        sides: SideName = "hf" if side.names == "hf" else "ms"
+        try:
+            made = tables.respell(table, alone, side=sides, like=shapes)
+        except LorabridgeError:
+            continue
+        if any(home_of(module, shapes) for module in made.modules):
+            kept = [one for one in unknowns if one not in lost]
+            return [*kept, *(_known(module) for module in made.modules)]
+    return list(unknowns)
 
 
 def _unknowns(
@@ -206,7 +242,7 @@ class _Work:
         name = self._find(one)
         if name is None:
             return replace(row, note="no weight of this name in both models")
-        x, y = self._before[name].value, self._after[name].value
+        x, y = (_item(one.module, name, model[name].value) for model in (self._before, self._after))
         if x.shape != y.shape or x.dtype.kind != "float" or y.dtype.kind != "float":
             return replace(row, weight=name, note=f"{x.dtype} {list(x.shape)} in BASE, {y.dtype} {list(y.shape)}")
         weight = Weight(name, Rows(x, self._before_file), Rows(y, self._after_file))
@@ -227,6 +263,8 @@ class _Work:
     def _find(self, one: Unknown) -> str | None:
         """Return the weight's name: as it stands, or the only one that ends so."""
         common = self._before.keys() & self._after.keys()
+        if one.module is not None and one.module.stack is not None:
+            return home_of(one.module, common) or None
         names = list(weight_names(one.path, one.weight))
         exact = [name for name in names if name in common]
         if exact:
@@ -293,6 +331,17 @@ class _Work:
         mine = Weight(weight.name, weight.before, Rows(own, self._file))
         found = fit(best.reading, mine.changes, (weight.shape[0], math.prod(weight.shape[1:])))
         return 0 if found is None else round(found.scaling / best.scaling)
+
+
+def _item(module: LoraModule | None, name: str, value: Expr) -> Expr:
+    """Return one expert's matrix of a stored tensor that holds them all; any other weight as it is."""
+    stack = None if module is None else module.stack
+    if stack is None or name != stack.parameter:
+        return value
+    if len(value.shape) == 3:
+        return reshape(cut(value, 0, stack.number, stack.number + 1), value.shape[1:])
+    rows = value.shape[0] // (stack.count or 1)
+    return cut(value, 0, stack.number * rows, (stack.number + 1) * rows)
 
 
 def _reason(ratio: float, rank: int) -> str:

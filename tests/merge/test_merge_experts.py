@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,24 @@ def test_dialects_without_names_for_experts_refuse_them(tmp_path: Path) -> None:
         convert(tmp_path / "adapter", tmp_path / "out.ckpt", options)
     assert "'mindpet' has no factors of experts that one tensor holds" in error.value.problem
     assert "model.layers.0.feed_forward.ffn.w1.weight" in error.value.where
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["one by one", "in one tensor"])
+def test_recover_finds_experts(stacked: bool, tmp_path: Path) -> None:
+    from lorabridge.actions.recover import recover
+
+    saved("Mixtral", tmp_path, torch.float32)
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    merge(base, [tmp_path / "adapter"], merged, MergeOptions(family="mixtral"))
+    if stacked:
+        for folder in (base, merged):
+            known = ConvertOptions(family="mixtral", layout={"experts": "batched"})
+            convert(folder, tmp_path / f"{folder.name}.ckpt", known)
+            (tmp_path / f"{folder.name}.ckpt.lorabridge.json").unlink()
+            known = replace(known, layout={"experts": "batched", "hf_experts": "memory"}, config=folder / "config.json")
+            convert(tmp_path / f"{folder.name}.ckpt", tmp_path / f"{folder.name}_stacked", known)
+        base, merged = tmp_path / "base_stacked", tmp_path / "merged_stacked"
+    found = recover(base, merged, tmp_path / "adapter")
+    assert {row.fits for row in found.modules} == {True}
+    assert {row.times for row in found.modules} == {1}
+    assert len({row.weight for row in found.modules}) == (6 if stacked else 20)
