@@ -94,7 +94,7 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
     if table is not None:
         blockscales.refuse_scaled(adapter, "go through a table of names")
         settings = replace(settings, layout=_layout(table, settings))
-    mapped = adapter if table is None else _map(adapter, table, target, settings)
+    mapped = _relaid(adapter, source, target, settings) if table is None else _map(adapter, table, target, settings)
     ties = () if table is None else _ties(adapter, table, target, settings)
     after = set(tensors_of(mapped.modules, mapped.extras))
     dropped += _dropped_by_table(adapter, mapped, before - after)
@@ -155,6 +155,18 @@ def _table(source: Dialect, target: Dialect, settings: Settings) -> Table | None
         return None
 
     return load_family(settings.family, settings.mappings)
+
+
+def _relaid(adapter: Adapter, source: Dialect, target: Dialect, settings: Settings) -> Adapter:
+    """Return the adapter as the layouts that were asked for have it, where both sides have one project's names."""
+    own = dialects.naming(source)
+    if not settings.family or not settings.layout or not adapter.modules or own != dialects.naming(target):
+        return adapter
+    from ..families import tables
+
+    table, config = tables.load_family(settings.family, settings.mappings), settings.model_config
+    sizes = tables.sizes_from_config(table, config) if config else None
+    return tables.relaid(table, adapter, side="hf" if own == "hf" else "ms", sizes=sizes, layout=settings.layout)
 
 
 def _layout(table: Table, settings: Settings) -> Mapping[str, str]:

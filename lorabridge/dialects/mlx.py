@@ -2,8 +2,9 @@
 
 The config holds ``fine_tune_type`` ("lora", "dora"; "full" is no adapter), ``num_layers`` and ``lora_parameters``: one
 ``rank``, one ``scale``, which is multiplied as it is (no alpha), and ``keys``, the adapted modules. A DoRA magnitude is
-``P.m[out]``. Module paths are those of mlx_lm's models, which follow transformers'. Source: mlx-lm 0.32.2,
-tuner/lora.py, dora.py and utils.py (``load_adapters`` refuses every tensor that is none of these).
+``P.m[out]``; experts are in ``mlx_experts``. Module paths are those of mlx_lm's models, which follow transformers'.
+Source: mlx-lm 0.32.2, tuner/lora.py, dora.py and utils.py (``load_adapters`` refuses every tensor that is none of
+these).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ..errors import MappingError, counted
-from . import factors
+from . import factors, mlx_experts
 from .adapter import Adapter, Content, Facts, Json, LoraModule, Scaling, Value, Written
 from .pairs import MERGE, Problems, in_mindspore
 from .transposed import Spelling, read_modules, sort_names, turned
@@ -25,7 +26,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 class Mlx:
-    """Read and write MLX-LM's adapters: linear layers and embeddings, DoRA on linear ones."""
+    """Read and write MLX-LM's adapters: linear layers, embeddings and experts, DoRA on linear layers."""
 
     name = "mlx"
     framework: Literal["torch", "mindspore"] = "torch"
@@ -56,7 +57,11 @@ class Mlx:
         for name in rest:
             problems.add("tensors beside the factors, which MLX itself does not load", name, "check --from")
         scale, dropout = _parameters(content, config, problems)
+        stacks = {path: specs for path, specs in pairs.items() if mlx_experts.is_stack(path, specs)}
+        pairs = {path: specs for path, specs in pairs.items() if path not in stacks}
         modules = read_modules(content, pairs, {}, problems)
+        for path, specs in stacks.items():
+            modules += mlx_experts.read_stack(path, specs, problems)
         marked = {module.path for module in modules if module.magnitude is not None}
         if (config.get("fine_tune_type") == "dora" or marked) and len(marked) < len(modules):
             where = ", ".join(module.path for module in modules if module.path not in marked)
@@ -77,7 +82,8 @@ class Mlx:
             rank=rank if isinstance(rank, int) else None,
             alpha=float(alpha) if isinstance(alpha, int | float) else None,
         )
-        paths: list[Value] = [*sorted(module.path for module in modules)]
+        plain, experts, stacks = mlx_experts.spell_stacks(modules)
+        paths: list[Value] = [*sorted([*(module.path for module in plain), *stacks])]
         layers = {match[1] for module in modules if (match := _LAYER.search(module.path))}
         scale = modules[0].scaling.value if modules else 1.0
         dropout = adapter.config.get("lora_dropout")
@@ -92,7 +98,7 @@ class Mlx:
         if isinstance(adapter.config.get("base_model_name_or_path"), str):
             config["model"] = adapter.config["base_model_name_or_path"]
         notes = (*notes, *_tied(modules))
-        return Written(turned(modules, SPELLING), config, notes=notes, modules=modules)
+        return Written([*turned(plain, SPELLING), *experts], config, notes=notes, modules=modules)
 
 
 def _parameters(content: Content, config: Json, problems: Problems) -> tuple[float | None, float]:
@@ -145,6 +151,9 @@ def _refuse(adapter: Adapter) -> None:
     problems = Problems("properties of the adapter have no place in MLX-LM")
     plain = [module.path for module in adapter.modules if module.magnitude is None]
     for module in adapter.modules:
+        if module.stack is not None:
+            cure = "name them one by one with --family NAME --layout hf_experts=disk --config config.json"
+            problems.add("MLX-LM's experts are those of single modules", module.stack.parameter, cure)
         if module.kind not in ("linear", "embedding") or module.weight != "weight":
             what = module.kind if module.weight == "weight" else module.weight
             problems.add(f"MLX-LM has no LoRA for {what}", module.path, MERGE)

@@ -37,6 +37,20 @@ def respell(
     return map_adapter(table, turned, to=side, sizes=sizes, layout=back)
 
 
+def relaid(
+    table: Table, adapter: Adapter, *, side: SideName, sizes: Mapping[str, int] | None, layout: Mapping[str, str]
+) -> Adapter:
+    """Spell an adapter as other choices of its own side's layouts have it, such as experts one by one or in one tensor.
+
+    ``layout``: the choices of the result; what the adapter's names do not say of its own is the first possible one.
+    Raises as :func:`map_adapter` does.
+    """
+    paths = [module.path for module in adapter.modules] + [extra.name for extra in adapter.extras]
+    there = _chosen(table, {}, evidence_of(table, paths, side=side, layout={}))
+    turned = map_adapter(table, adapter, to=other_side(side), sizes=sizes, layout=there)
+    return map_adapter(table, turned, to=side, sizes=sizes, layout=there | dict(layout))
+
+
 def _chosen(table: Table, given: Mapping[str, str], evidence: Evidence) -> dict[str, str]:
     """Return a choice for every layout that names leave open, the first possible one in the table's order."""
     chosen = dict(given)

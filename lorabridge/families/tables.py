@@ -11,13 +11,13 @@ from .grammar import Item, Reader, table_of
 from .mapping import map_adapter
 from .models import detect_family, names, sizes_from_config
 from .proofs import prove
-from .respelling import respell
+from .respelling import relaid, respell
 from .rules import Table
 from .variants import layout_from_config, resolve
 
 __all__ = [
     "Table", "check_complete", "detect_family", "family_names", "layout_from_config", "load_family", "load_table",
-    "load_tables", "map_adapter", "names", "read_table", "resolve", "respell", "sizes_from_config", "tied_checks",
+    "load_tables", "map_adapter", "names", "read_table", "relaid", "resolve", "respell", "sizes_from_config", "tied_checks",
 ]  # fmt: skip
 
 LARGEST_FILE = 256 * 1024

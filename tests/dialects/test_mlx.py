@@ -139,6 +139,7 @@ def test_embeddings_are_asked_for_where_the_name_does_not_say(tmp_path: Path) ->
         ({"a.lora_a": (4, 2), "a.lora_b": (2, 4), "b.weight": (2,)}, {"scale": 1.0}, "beside the factors"),
         ({"a.lora_a": (4, 2), "a.lora_b": (2, 4), "a.m": (3,)}, {"scale": 1.0}, "magnitude"),
         ({"e.lora_a": (3, 2, 8), "e.lora_b": (3, 4, 2)}, {"scale": 1.0}, "stack of experts"),
+        ({"m.switch_mlp.e.lora_a": (3, 2, 8), "m.switch_mlp.e.lora_b": (2, 4, 2)}, {"scale": 1.0}, "experts, rank, in"),
         ({"a.lora_a": (4, 2), "a.lora_b": (2, 4), "a.m": (4,), "b.lora_a": (4, 2), "b.lora_b": (2, 4)},
          {"scale": 1.0}, "some have none"),
     ],
@@ -160,3 +161,55 @@ def test_an_alpha_stands_in_for_a_missing_scale(tmp_path: Path) -> None:
     report = convert(tmp_path / "a.safetensors", tmp_path / "out", options)
     assert report.modules[0].scaling == 3
     assert inspect(tmp_path / "a.safetensors").dialect == "mlx"
+
+
+def test_experts_of_a_stack_become_one_module_each(tmp_path: Path) -> None:
+    done = convert(REAL / "experts", tmp_path / "out", ConvertOptions(target_dialect="peft"))
+    assert len(done.modules) == 10
+    made = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    deltas = np.load(REAL / "experts" / "fused.npz")
+    for stack in deltas:
+        for number, delta in enumerate(deltas[stack]):
+            path = "base_model.model." + stack.replace("switch_mlp", f"experts.{number}")
+            ours = 3.0 * made[f"{path}.lora_B.weight"] @ made[f"{path}.lora_A.weight"]
+            np.testing.assert_allclose(ours, delta, rtol=1e-5, atol=1e-5)
+    (tmp_path / "out" / "lorabridge.json").unlink()
+    convert(tmp_path / "out", tmp_path / "back", ConvertOptions(target_dialect="mlx"))
+    before, after = (load_file(p / "adapters.safetensors") for p in (REAL / "experts", tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    keys = json.loads((tmp_path / "back" / "adapter_config.json").read_text())["lora_parameters"]["keys"]
+    assert "model.layers.0.mlp.switch_mlp.gate_proj" in keys
+
+
+def test_mixtral_s_experts_have_its_names(tmp_path: Path) -> None:
+    path = "model.layers.0.block_sparse_moe.switch_mlp"
+    tensors = {f"{path}.{n}_proj.lora_{s}": np.ones(shape, np.float32) for n in ("gate", "down", "up")
+               for s, shape in (("a", (2, 3, 4)), ("b", (2, 5, 3)))}  # fmt: skip
+    (tmp_path / "in").mkdir()
+    save_file(tensors, tmp_path / "in" / "adapters.safetensors")
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"scale": 1.0, "rank": 3}}))
+    done = convert(tmp_path / "in", tmp_path / "out", ConvertOptions(target_dialect="peft"))
+    assert {m.path.rpartition(".")[2] for m in done.modules} == {"w1", "w2", "w3"}
+    (tmp_path / "out" / "lorabridge.json").unlink()
+    done = convert(
+        tmp_path / "out", tmp_path / "less", ConvertOptions(target_dialect="peft", exclude=("*experts.1.w2",))
+    )
+    (tmp_path / "less" / "lorabridge.json").unlink()
+    with pytest.raises(MappingError, match="stacks those of all experts") as caught:
+        convert(tmp_path / "less", tmp_path / "again", ConvertOptions(target_dialect="mlx"))
+    assert caught.value.where == (f"{path}.down_proj: expert 1",)
+
+
+def test_experts_become_the_parameters_that_transformers_holds(tmp_path: Path) -> None:
+    config = {"model_type": "qwen2_moe", "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24,
+              "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 3, "moe_intermediate_size": 8,
+              "shared_expert_intermediate_size": 8, "vocab_size": 32, "decoder_sparse_step": 1,
+              "mlp_only_layers": [], "tie_word_embeddings": False}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ConvertOptions(
+        target_dialect="peft", family="qwen2_moe", layout={"hf_experts": "memory"}, config=tmp_path / "config.json"
+    )
+    convert(REAL / "experts", tmp_path / "out", options)
+    targets = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_parameters"]
+    assert {name.rpartition(".")[2] for name in targets} == {"gate_up_proj", "down_proj"}
