@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..files import placeholders
 from ..files.syscalls import refusals, sync
 from ..formats import keys
-from ..formats.ranges import ranged
+from ..formats.ranges import Piece, ranged
 from ..tensors import Extent, Sink, Source
 from . import execute
 from .accounts import Arithmetic
@@ -90,6 +90,7 @@ def run(
     before = execute.identities(source, extents)
     _refuse_stores([*before, work.folder])
     found = {spec.name: hashlib.sha256().hexdigest() for spec in plan.specs} if digests else {}
+    pieces: dict[str, list[Piece]] = {}
     copied = computed = 0
     with engine_ray.cluster(engine.address) as machines:
         engine_ray.ask(machines, work.folder, stamps)
@@ -99,17 +100,19 @@ def run(
         slots = workers or sum(machine.cpus for machine in machines)
         parts = shares(
             terms, cut(plan, extents, whole=digests), places, slots,
-            stamps=stamps, arithmetic=arithmetic, digests=digests,
+            stamps=stamps, arithmetic=arithmetic, digests=digests, checked=placing.checked,
         )  # fmt: skip
         for done in engine_ray.results(parts, workers or 2 * slots):
             arithmetic.absorb(done.arithmetic)
             found.update(done.outcome.digests)
+            for name, parts_of in done.pieces.items():
+                pieces.setdefault(name, []).extend(parts_of)
             copied, computed = copied + done.outcome.bytes_copied, computed + done.outcome.bytes_computed
             if progress is not None:
                 progress(copied + computed, plan.nbytes)
     execute.check_unchanged(before)
     for name in places:
-        placing.settle(name)
+        placing.settle(name, pieces.get(name, ()))
     sink.finish()
     if progress is not None:
         progress(plan.nbytes, plan.nbytes)
@@ -136,11 +139,12 @@ def _refuse_stores(paths: Iterable[Path]) -> None:
 
 
 def _flush(files: Iterable[Path]) -> None:
-    """Put headers on disk, so that no page with one is dirty here while others write the rest of it."""
+    """Put headers on disk and forget their pages, so that this machine never writes back what others have changed."""
     for path in files:
         with refusals(path):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 sync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(fd)

@@ -19,7 +19,7 @@ from .. import __version__
 from ..distributed.assembled import Assembled
 from ..distributed.told import step_of, strategies_of
 from ..errors import InputError, LorabridgeError, UsageError
-from ..formats.ranges import PlacedSink
+from ..formats.ranges import Piece, PlacedSink
 from ..joined import Joined
 from ..tensors import Extent, Source
 from . import execute
@@ -90,7 +90,8 @@ class Terms:
 class Share:
     """Neighbouring tasks, ``nbytes`` in all, and where the outputs they write lie in the staged files.
 
-    ``stamps``: of the files that the tasks copy from. ``digests``: the outputs' digests are wanted.
+    ``stamps``: of the files that the tasks copy from. ``digests``: the outputs' digests are wanted; ``checked``: so are
+    the checksums of the pieces that are written.
     """
 
     terms: Terms
@@ -100,14 +101,16 @@ class Share:
     stamps: Stamps
     arithmetic: Arithmetic
     digests: bool
+    checked: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A share that is on disk, and what its kernels noted."""
+    """A share that is on disk, what its kernels noted, and with ``checked`` which pieces of which tensor it wrote."""
 
     outcome: Outcome
     arithmetic: Arithmetic
+    pieces: Mapping[str, Sequence[Piece]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ def stamp(path: str) -> tuple[int, int] | None:
 
 def shares(
     terms: Terms, tasks: Sequence[Task], places: Mapping[str, tuple[Extent, ...]], slots: int, *,
-    stamps: Stamps, arithmetic: Arithmetic, digests: bool = False,
+    stamps: Stamps, arithmetic: Arithmetic, digests: bool = False, checked: bool = False,
 ) -> Iterator[Share]:  # fmt: skip
     """Cut tasks into runs of neighbours, which mostly write neighbouring bytes of one file."""
     sizes = [sum(piece.nbytes for piece in task.pieces) for task in tasks]
@@ -161,7 +164,7 @@ def shares(
             files = {str(extent.path) for task in mine for piece in task.pieces for extent in piece.extents}
             yield Share(
                 terms, mine, held, {name: _absolute(places[name]) for name in outputs},
-                {file: stamps[file] for file in files}, arithmetic.elsewhere(), digests,
+                {file: stamps[file] for file in files}, arithmetic.elsewhere(), digests, checked,
             )  # fmt: skip
             start, held = stop, 0
 
@@ -179,7 +182,7 @@ def do(share: Share) -> Done | Refused:
     """Do a share in this process; what it wrote is on disk then."""
     try:
         _check(share)
-        sink = PlacedSink(share.places)
+        sink = PlacedSink(share.places, checked=share.checked)
         try:
             outcome = execute.perform(
                 share.tasks, _OPENED.reader(share.terms), sink, kernels=share.arithmetic.kernels, digests=share.digests
@@ -189,7 +192,7 @@ def do(share: Share) -> Done | Refused:
             sink.close()
     except LorabridgeError as error:
         return Refused(error.code, error.problem, error.where, error.hint)
-    return Done(outcome, share.arithmetic)
+    return Done(outcome, share.arithmetic, sink.pieces)
 
 
 def _check(share: Share) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from ..axes import Expr, cut, read
+from ..formats.ranges import Piece, ranged
 from ..formats.torchsink import make_tensor_sink, pickled_integer, pickled_integers, pickled_name, pickled_text
 from ..tensors import Extent, Sink, TensorSpec
 from .dcp import METADATA
@@ -58,6 +59,11 @@ class _Part:
         if self.file is None:
             raise ValueError("the rank's file is not open yet")
         return self.file
+
+    @property
+    def path(self) -> Path:
+        """Where the rank's file is staged."""
+        return self._held().path
 
     def write(self, offset: int, data: object) -> None:
         """Write inside the archive's place."""
@@ -128,6 +134,19 @@ class DcpSink:
         """Copy a file range to its rank's archive."""
         chunk = self._chunks[name]
         chunk.sink.copy(chunk.name, offset, extent)
+
+    checked = True
+
+    def ranges(self, name: str) -> tuple[Extent, ...]:
+        """Return where its rank's file holds the chunk, see ``formats.ranges``."""
+        chunk = self._chunks[name]
+        held = ranged(chunk.sink, "torch").ranges(chunk.name)
+        return tuple(replace(extent, offset=chunk.part.start + extent.offset) for extent in held)
+
+    def settle(self, name: str, pieces: Sequence[Piece] = ()) -> None:
+        """Count a chunk as written by others."""
+        chunk = self._chunks[name]
+        ranged(chunk.sink, "torch").settle(chunk.name, pieces)
 
     def finish(self) -> None:
         """Finish every archive, then write the metadata."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..formats.ranges import ranged
+from ..formats.ranges import Piece, ranged
 from ..tensors import Extent, Sink, TensorSpec
 
 if TYPE_CHECKING:
@@ -66,12 +66,14 @@ class RanksSink:
         self._sinks[folder].copy(own, offset, extent)
         self._count(folder, extent.length)
 
+    checked = False
+
     def ranges(self, name: str) -> tuple[Extent, ...]:
         """Return where the folder's file holds the tensor, see ``formats.ranges``."""
         folder, _, own = name.partition("/")
         return ranged(self._sinks[folder], self._module.NAME).ranges(own)
 
-    def settle(self, name: str) -> None:
+    def settle(self, name: str, pieces: Sequence[Piece] = ()) -> None:
         """Count a tensor as written by another process."""
         folder, _, own = name.partition("/")
         sink = ranged(self._sinks[folder], self._module.NAME)

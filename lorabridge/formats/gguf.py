@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from ..dtypes import BY_NAME, DType
 from ..errors import InputError, MappingError
 from ..tensors import Extent, TensorSpec
+from .ranges import Piece
 from .sniff import identify, refusal
 from .untrusted import MAX_HEADER, MAX_TENSORS, open_regular, pread_into, shown, size_of
 
@@ -280,6 +281,15 @@ class GgufSink:
     def copy(self, name: str, offset: int, extent: Extent) -> None:
         """Copy a file range to a byte offset inside the tensor's buffer."""
         self._out.copy(self._position(name, offset, extent.length), extent.path, extent.offset, extent.length)
+
+    checked = False
+
+    def ranges(self, name: str) -> tuple[Extent, ...]:
+        """Return where the staged file holds the tensor, see ``formats.ranges``."""
+        return (Extent(self._out.path, *self._starts[name]),)
+
+    def settle(self, name: str, pieces: Sequence[Piece] = ()) -> None:
+        """Take note of nothing: what another process wrote lies in its place."""
 
     def finish(self) -> None:
         """Flush and close."""

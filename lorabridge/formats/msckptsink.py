@@ -12,6 +12,7 @@ from ..dtypes import BY_NAME
 from ..errors import InputError, MappingError, UsageError
 from ..tensors import Extent, TensorSpec
 from . import marks
+from .ranges import Piece
 from .untrusted import MAX_RANK, shown
 from .wire import MAX_NAME, PRIVATE, TRAILER, TRAILER_BYTES, delimited, record_header
 
@@ -115,6 +116,8 @@ class CkptSink:
         for at, first, length in self._pieces(name, offset, extent.length):
             out.copy(at, extent.path, extent.offset + first, length)
 
+    checked = False
+
     def ranges(self, name: str) -> tuple[Extent, ...]:
         """Return where the staged file holds the tensor, see ``formats.ranges``; a UsageError with a checksum."""
         out = self._opened()
@@ -127,7 +130,7 @@ class CkptSink:
         nbytes = self._contents[name].nbytes
         return tuple(Extent(out.path, at, length) for at, _, length in self._pieces(name, 0, nbytes))
 
-    def settle(self, name: str) -> None:
+    def settle(self, name: str, pieces: Sequence[Piece] = ()) -> None:
         """Take note of nothing: what another process wrote lies in its place."""
 
     def finish(self) -> None:

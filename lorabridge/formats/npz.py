@@ -23,6 +23,7 @@ import numpy as np
 from ..dtypes import BY_NAME, DType
 from ..errors import InputError, LorabridgeError, MappingError
 from ..tensors import Extent, TensorSpec
+from .ranges import Piece
 from .sniff import identify, refusal
 from .storedzip import BLOCK, Record, check_crc, combine_crc, descriptor, directory, local_header, place, read_records
 from .untrusted import MAX_NAME, MAX_RANK, open_regular, pread_into, shown
@@ -229,6 +230,18 @@ class NpzSink:
         for start in range(0, extent.length, BLOCK):
             crc = zlib.crc32(self._out.read(at + start, min(BLOCK, extent.length - start)), crc)
         self._note(name, offset, extent.length, crc)
+
+    checked = True
+
+    def ranges(self, name: str) -> tuple[Extent, ...]:
+        """Return where the staged file holds the tensor, see ``formats.ranges``."""
+        record, head = self._records[name], len(self._heads[name])
+        return (Extent(self._out.path, record.offset + head, record.size - head),)
+
+    def settle(self, name: str, pieces: Sequence[Piece] = ()) -> None:
+        """Count a tensor as written by others."""
+        for piece in pieces:
+            self._note(name, *piece)
 
     def finish(self) -> None:
         """Write headers, checksums and the directory. LorabridgeError when a tensor is not covered exactly once."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from ..errors import StorageError, UsageError
+from ..errors import InputError, StorageError, UsageError
 from ..files.syscalls import calls, copy_range, refusals, sync, write_all
 from ..tensors import Extent, Sink, TensorSpec
 from .untrusted import refused_by_system
@@ -16,20 +17,28 @@ from .untrusted import refused_by_system
 if TYPE_CHECKING:
     from ..tensors import Bits
 
+Piece = tuple[int, int, int]
+"""A part of a tensor's buffer: offset, length, CRC-32."""
 _OPEN = 32
 """Files of each kind that are kept open."""
+_BLOCK = 1 << 20
 
 
 @runtime_checkable
 class Ranged(Protocol):
-    """A sink whose files need no more than each tensor's bytes at fixed places: no checksum passes over them."""
+    """A sink whose files need no more than each tensor's bytes at fixed places, and perhaps their CRC-32."""
+
+    @property
+    def checked(self) -> bool:
+        """The file holds checksums of the tensors: whoever writes one tells the pieces to ``settle``."""
+        ...
 
     def ranges(self, name: str) -> tuple[Extent, ...]:
         """Return, after ``begin``, the ranges of the staged files whose concatenation is the tensor's buffer."""
         ...
 
-    def settle(self, name: str) -> None:
-        """Count a tensor as written whole: another process has put all its bytes into its ranges."""
+    def settle(self, name: str, pieces: Sequence[Piece] = ()) -> None:
+        """Count a tensor as written whole: others have put all its bytes, ``pieces`` one by one, into its ranges."""
         ...
 
 
@@ -47,10 +56,13 @@ class PlacedSink:
     """Write tensors into files that another process has laid out; see :class:`lorabridge.tensors.Sink`.
 
     ``places``: per tensor what :meth:`Ranged.ranges` said there. The files are opened for writing only and never made:
-    a StorageError names one that this machine does not see. ``finish`` flushes all to disk.
+    a StorageError names one that this machine does not see. ``finish`` flushes all to disk. With ``checked``,
+    ``pieces`` has what was written of each tensor.
     """
 
-    def __init__(self, places: Mapping[str, tuple[Extent, ...]]) -> None:
+    def __init__(self, places: Mapping[str, tuple[Extent, ...]], *, checked: bool = False) -> None:
+        self.pieces: dict[str, list[Piece]] = {}
+        self._checked = checked
         self._places = places
         self._outputs: dict[Path, int] = {}
         self._inputs: dict[Path, int] = {}
@@ -62,14 +74,25 @@ class PlacedSink:
         """Write a C-contiguous block at a byte offset of the tensor."""
         import numpy as np
 
-        data = block.reshape(-1).view(np.uint8).data
+        self._put(name, offset, block.reshape(-1).view(np.uint8).data)
+
+    def _put(self, name: str, offset: int, data: memoryview) -> None:
         for path, at, first, length in self._pieces(name, offset, len(data)):
             fd = self._output(path)
             with refusals(path):
                 write_all(fd, data[first : first + length], at)
+        if self._checked:
+            self.pieces.setdefault(name, []).append((offset, len(data), zlib.crc32(data)))
 
     def copy(self, name: str, offset: int, extent: Extent) -> None:
-        """Copy a file range to a byte offset of the tensor."""
+        """Copy a file range to a byte offset of the tensor; block by block where a checksum is wanted."""
+        if self._checked:
+            block = memoryview(bytearray(min(extent.length, _BLOCK)))
+            for start in range(0, extent.length, _BLOCK):
+                part = block[: min(_BLOCK, extent.length - start)]
+                _read(self._input(extent.path), part, extent.offset + start, extent.path)
+                self._put(name, offset + start, part)
+            return
         for path, at, first, length in self._pieces(name, offset, extent.length):
             source, target = self._input(extent.path), self._output(path)
             with refusals(path):
@@ -128,3 +151,14 @@ class PlacedSink:
             if low < high:
                 yield extent.path, extent.offset + low - at, low - offset, high - low
             at += extent.length
+
+
+def _read(fd: int, view: memoryview, offset: int, path: Path) -> None:
+    """Fill a buffer from a file; an InputError when it ends early."""
+    while view:
+        with refusals(path):
+            done = os.preadv(fd, [view], offset)
+        if done == 0:
+            problem = f"the file ends at byte {offset:,}, earlier than its header promises"
+            raise InputError(problem, where=str(path), hint="do not change input files during a run")
+        view, offset = view[done:], offset + done

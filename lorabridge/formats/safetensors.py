@@ -20,6 +20,7 @@ import numpy as np
 from ..dtypes import BY_SAFETENSORS, DType
 from ..errors import InputError, LorabridgeError, MappingError
 from ..tensors import Extent, TensorSpec
+from .ranges import Piece
 from .untrusted import (
     MAX_HEADER,
     MAX_METADATA,
@@ -281,13 +282,15 @@ class SafetensorsSink:
         if extent.length:
             out.copy(at, extent.path, extent.offset, extent.length)
 
+    checked = False
+
     def ranges(self, name: str) -> tuple[Extent, ...]:
         """Return where the staged file holds the tensor, see ``formats.ranges``."""
         if self._out is None:
             raise RuntimeError("begin() has not run")
         return (Extent(self._out.path, *self._places[name]),)
 
-    def settle(self, name: str) -> None:
+    def settle(self, name: str, pieces: Sequence[Piece] = ()) -> None:
         """Count a tensor as written by another process."""
         with self._lock:
             self._missing.pop(name, None)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from ..errors import UsageError
 from ..tensors import Extent, Sink, TensorSpec
-from .ranges import ranged
+from .ranges import Piece, ranged
 
 if TYPE_CHECKING:
     from ..files.fsio import OutFile
@@ -113,10 +113,16 @@ class ShardedSink:
         """Return where the tensor's shard holds it, see ``formats.ranges``; the shard's file is made for it."""
         return ranged(self._begun(self._homes[name]), self._module.NAME).ranges(name)
 
-    def settle(self, name: str) -> None:
+    @property
+    def checked(self) -> bool:
+        """What the shards' container says."""
+        sink = self._module.make_sink(lambda _: cast("OutFile", _Nowhere()), self._filename, **self._options)
+        return ranged(sink, self._module.NAME).checked
+
+    def settle(self, name: str, pieces: Sequence[Piece] = ()) -> None:
         """Count a tensor as written by another process."""
         part = self._homes[name]
-        ranged(self._begun(part), self._module.NAME).settle(name)
+        ranged(self._begun(part), self._module.NAME).settle(name, pieces)
         self._count(part, sum(extent.length for extent in self.ranges(name)))
 
     def finish(self) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import LorabridgeError, MappingError
 from ..tensors import Extent, Sink, TensorSpec
 from . import marks
+from .ranges import Piece
 from .storedzip import BLOCK, Record, combine_crc, descriptor, directory, local_header, place
 from .torchvalues import STORAGE_OF
 from .untrusted import MAX_NAME, shown
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from ..files.fsio import OutFile
     from ..tensors import Bits
 
-_Piece = tuple[int, int, int]
-"""Offset in the tensor's buffer, length, CRC-32."""
 _VERSION = b"3\n"
 
 
@@ -50,7 +49,7 @@ class _TorchSink:
         self._create = create
         self._filename = filename
         self._lock = threading.Lock()
-        self._pieces: dict[str, list[_Piece]] = {}
+        self._pieces: dict[str, list[Piece]] = {}
         self._records: list[Record] = []
         self._contents: list[bytes | None] = []
         self._tensors: dict[str, Record] = {}
@@ -98,6 +97,18 @@ class _TorchSink:
             crc = zlib.crc32(self._out.read(at + start, min(BLOCK, extent.length - start)), crc)
         self._note(name, (offset, extent.length, crc))
 
+    checked = True
+
+    def ranges(self, name: str) -> tuple[Extent, ...]:
+        """Return where the staged file holds the tensor, see ``formats.ranges``."""
+        record = self._tensors[name]
+        return (Extent(self._out.path, record.offset, record.size),)
+
+    def settle(self, name: str, pieces: Sequence[Piece] = ()) -> None:
+        """Count a tensor as written by others."""
+        for piece in pieces:
+            self._note(name, piece)
+
     def finish(self) -> None:
         """Write the headers, the pickle, the checksums and the directory and flush the file to disk.
 
@@ -125,12 +136,12 @@ class _TorchSink:
             raise ValueError(f"bytes {offset} to {offset + length} are outside {name}, which has {record.size}")
         return record.offset + offset
 
-    def _note(self, name: str, piece: _Piece) -> None:
+    def _note(self, name: str, piece: Piece) -> None:
         with self._lock:
             self._pieces[name].append(piece)
 
 
-def _join(name: str, record: Record, pieces: Iterable[_Piece]) -> int:
+def _join(name: str, record: Record, pieces: Iterable[Piece]) -> int:
     """Return a tensor's CRC-32 from those of its pieces."""
     ordered = sorted(pieces)
     ends = [0, *(offset + length for offset, length, _ in ordered)]
