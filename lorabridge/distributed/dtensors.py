@@ -10,6 +10,8 @@ later mesh axes left. FSDP1's ShardedTensors cannot be read without the processe
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from ..formats.torchvalues import Global, Object, Table, Tensor, call, is_count,
 from ..formats.torchzip import TorchSource, open_tree
 from ..formats.untrusted import shown
 from .assembled import Arrangement, Assembled, Copy, Files, Placed, same_bits
+from .grid import Box
 from .layout import Layout
 from .placing import Broken, Findings, Held, grouped, place_boxes, place_whole, settle
 
@@ -103,13 +106,14 @@ def _arrange(
         locals_ = {r: said_of[files[r].name][name] for r in held if name in said_of[files[r].name]}
         boxes: list[Held] = []
         layout = None
+        lost: dict[Box, tuple[int, ...]] = {}
         try:
             if not locals_:
                 placed[name] = place_whole(name, copies, pieces)
                 continue
             if len(locals_) < len(held):
                 raise ValueError("it is a DTensor on some ranks only")
-            boxes, layout = _boxes(locals_, held, world)
+            boxes, layout, lost = _boxes(locals_, held, world)
             found = place_boxes(name, next(iter(locals_.values())).shape, boxes, pieces)
             if layout.devices < world:  # a mesh of some of the run's axes: along the others there must be copies
                 _compare(found, pieces)
@@ -120,7 +124,7 @@ def _arrange(
                 shape = next(iter(locals_.values())).shape if boxes else None
                 own = [(((0,) * len(s.shape), s.shape), c) for c in copies for s in [pieces.specs[c.piece]]]
                 dtype = pieces.specs[copies[0].piece].dtype
-                findings.broken[name] = Broken(name, dtype, shape, grouped(boxes or own), str(error), layout=layout)
+                findings.broken[name] = Broken(name, dtype, shape, grouped(boxes or own), str(error), lost, layout)
     absent = [rank for rank in range(world) if rank not in files]
     if problems:
         gone = [f"rank {rank}: model_world_size_{world}_rank_{rank}.pt is missing" for rank in absent]
@@ -139,30 +143,41 @@ def _compare(placed: Placed, pieces: Files) -> None:
                 )
 
 
-def _boxes(locals_: Mapping[int, _Local], held: Mapping[int, str], world: int) -> tuple[list[Held], Layout]:
-    """Return which box of the tensor every rank holds."""
+def _boxes(
+    locals_: Mapping[int, _Local], held: Mapping[int, str], world: int
+) -> tuple[list[Held], Layout, dict[Box, tuple[int, ...]]]:
+    """Return which box of the tensor every rank holds, and the boxes that ranks which are not there held alone."""
     first = next(iter(locals_.values()))
     if any((local.shape, local.cuts, len(local.place)) != (first.shape, first.cuts, len(first.place))
            for local in locals_.values()):  # fmt: skip
         raise ValueError("the ranks say different shapes or placements")
     sizes = tuple(1 + max(local.place[axis] for local in locals_.values()) for axis in range(len(first.place)))
-    devices = 1
-    for size in sizes:
-        devices *= size
+    if len(sizes) == 1 and world % sizes[0]:
+        sizes = (world,)  # the last ranks are not there
+    devices = math.prod(sizes)
     if devices > world or world % devices:
         raise ValueError(f"it lies on a mesh of {list(sizes)}, and the run had {world} ranks")
     order = _order(first.cuts, sizes)
-    boxes: list[Held] = []
-    for rank, local in locals_.items():
-        start, shape = [0] * len(first.shape), list(first.shape)
-        for cut in order:
-            share = -(-shape[cut.axis] // sizes[cut.mesh])
-            begin = min(local.place[cut.mesh] * share, shape[cut.axis])
-            start[cut.axis] += begin
-            shape[cut.axis] = min(share, shape[cut.axis] - begin)
-        boxes.append(((tuple(start), tuple(shape)), Copy(rank, held[rank])))
+    boxes = [(_box(first, local.place, order, sizes), Copy(rank, held[rank])) for rank, local in locals_.items()]
+    known = {box for box, _ in boxes}
+    lost: dict[Box, tuple[int, ...]] = {}
+    for number, place in enumerate(itertools.product(*map(range, sizes))):
+        box = _box(first, place, order, sizes)
+        if box not in known and 0 not in box[1]:
+            lost[box] = (*lost.get(box, ()), *((number,) if devices == world else ()))
     cuts = tuple(tuple(cut.mesh for cut in order if cut.axis == axis) for axis in range(len(first.shape)))
-    return boxes, Layout(sizes, cuts, 0, first.shape)
+    return boxes, Layout(sizes, cuts, 0, first.shape), lost
+
+
+def _box(local: _Local, place: Sequence[int], order: Sequence[_Cut], sizes: Sequence[int]) -> Box:
+    """Return the box of a tensor that lies at a place of the mesh."""
+    start, shape = [0] * len(local.shape), list(local.shape)
+    for cut in order:
+        share = -(-shape[cut.axis] // sizes[cut.mesh])
+        begin = min(place[cut.mesh] * share, shape[cut.axis])
+        start[cut.axis] += begin
+        shape[cut.axis] = min(share, shape[cut.axis] - begin)
+    return tuple(start), tuple(shape)
 
 
 def _order(cuts: Sequence[_Cut], sizes: Sequence[int]) -> list[_Cut]:

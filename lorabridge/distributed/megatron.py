@@ -176,6 +176,16 @@ def _flat(table: Table, depth: int) -> Iterator[tuple[str, object]]:
             yield name, value
 
 
+class _Holes(ValueError):
+    """Parts of a tensor that are on no rank that is there, by box."""
+
+    def __init__(
+        self, problem: str, shape: tuple[int, ...], held: dict[Box, tuple[Copy, ...]], lost: dict[Box, tuple[int, ...]]
+    ) -> None:
+        super().__init__(problem)
+        self.shape, self.held, self.lost = shape, held, lost
+
+
 @dataclass
 class _Megatron:
     """The work of finding every tensor. ``places``: the file of every rank."""
@@ -215,7 +225,10 @@ class _Megatron:
                     copies = [Copy(self._rank(p), piece) for p, piece in where.items()]
                     own = [(((0,) * len(s.shape), s.shape), c) for c in copies for s in [self.pieces.specs[c.piece]]]
                     dtype = self.pieces.specs[copies[0].piece].dtype
-                    self.findings.broken[name] = Broken(name, dtype, None, grouped(own), str(error))
+                    broken = Broken(name, dtype, None, grouped(own), str(error))
+                    if isinstance(error, _Holes):
+                        broken = Broken(name, dtype, error.shape, error.held, str(error), error.lost)
+                    self.findings.broken[name] = broken
         if self.problems:
             settle(InputError("the ranks do not make up one model", where=self.problems, hint=_HINT), self.findings)
         return placed
@@ -275,7 +288,7 @@ class _Megatron:
         if rule is None:
             return place_whole(name, everything, self.pieces)
         if absent:
-            raise ValueError(f"tensor rank {', '.join(absent)} does not hold it")
+            raise self._gone(rule, where, by_rank, f"tensor rank {', '.join(absent)} does not hold it")
         parts = [read(self.pieces.specs[copies[0].piece]) for copies in by_rank]
         halves = 2 if rule == 0 and self._gated(name, parts, where, held) else 1
         exprs: list[Expr] = []
@@ -291,6 +304,22 @@ class _Megatron:
                 slices[start], boxes[start] = tuple(copies), (start, expr.shape)
                 at += size
         return Placed(name, join(exprs, rule), slices, boxes=boxes)
+
+    def _gone(self, rule: int, where: Mapping[_Place, str], by_rank: Sequence[Sequence[Copy]], problem: str) -> _Holes:
+        """Tell what tensor ranks that are not there held, if they held as much as the others."""
+        shape = list(self.pieces.specs[next(iter(where.values()))].shape)
+        _, stage, expert = next(iter(where))
+        held: dict[Box, tuple[Copy, ...]] = {}
+        lost: dict[Box, tuple[int, ...]] = {}
+        for tensor, copies in enumerate(by_rank):
+            start = tuple(tensor * size if axis == rule else 0 for axis, size in enumerate(shape))
+            box = start, tuple(shape)
+            if copies:
+                held[box] = tuple(copies)
+            else:
+                lost[box] = (self._rank((tensor, stage, expert)),)
+        shape[rule] *= len(by_rank)
+        return _Holes(problem, tuple(shape), held, lost)
 
     def _axis(self, name: str, axes: int) -> int | None:
         """Return the axis along which tensor parallelism cut a parameter; None where every rank holds the whole."""

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lorabridge.actions.inspect import inspect
 from lorabridge.distributed import open_distributed
 from lorabridge.distributed.assembled import Assembled
 from lorabridge.distributed.placing import Findings
@@ -224,3 +225,27 @@ def test_states_of_one_rank_need_no_rules(tmp_path: Path) -> None:
     nested = {"language_model": {"encoder": {"layers.0.mixer.in_proj.weight": torch.ones(3)}}}
     torch.save({"model": nested, "optimizer": {"step": 3}, "iteration": 1}, folder / "model_optim_rng.pt")
     assert list(opened(tmp_path).specs) == ["language_model.encoder.layers.0.mixer.in_proj.weight"]
+
+
+def missing(path: Path, name: str) -> tuple[tuple[int, ...] | None, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """Return a tensor's shape and what inspect shows as missing of it: where it starts, and the ranks that held it."""
+    report = inspect(path, slices=name)
+    assert report.ranks is not None
+    (tensor,) = report.ranks.shown
+    assert report.problems
+    return tensor.shape, [(row.start, row.ranks) for row in tensor.slices if row.missing]
+
+
+@pytest.mark.parametrize(("rank", "rows"), [(1, 2), (2, 4)])
+def test_inspect_shows_what_a_missing_process_held(rank: int, rows: int, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(TORCH / "fsdp", tmp_path / "run"))
+    shutil.rmtree(run / "hf")
+    (run / f"model_world_size_4_rank_{rank}.pt").unlink()
+    assert missing(run, "0.weight") == ((6, 8), [((rows, 0), (rank,))])
+
+
+def test_inspect_shows_what_a_missing_tensor_rank_held(tmp_path: Path) -> None:
+    shutil.copytree(MEGATRON / "dense" / "legacy", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "iter_0000003" / "mp_rank_01_001")
+    whole = torch.load(MEGATRON / "dense" / "full.pt")["output_layer.weight"].shape
+    assert missing(tmp_path / "run", "output_layer.weight") == (tuple(whole), [((whole[0] // 2, 0), (3,))])
