@@ -36,7 +36,10 @@ def write(adapter: Adapter, facts: Facts) -> Written:
     modules = [module for _, module in named_modules]
     notes = grown(adapter.modules, modules)
     if spelling.pipeline is None:
-        notes.append("the modules are those of no pipeline that is known: their paths are flattened as they are")
+        notes.append(
+            "the modules are those of no pipeline that is known: their paths are flattened as they are, and only this "
+            "file's manifest, or the base model named with --names-of PATH, leads from the names back to modules"
+        )
     metadata = _metadata(modules, spelling.pipeline)
     return Written(tensors, notes=tuple(notes), modules=modules, metadata=metadata)
 

@@ -17,7 +17,8 @@ from .variants import layout_from_config, resolve
 
 __all__ = [
     "Table", "check_complete", "detect_family", "family_names", "layout_from_config", "load_family", "load_table",
-    "load_tables", "map_adapter", "names", "read_table", "relaid", "resolve", "respell", "sizes_from_config", "tied_checks",
+    "load_tables", "map_adapter", "names", "read_table", "relaid", "resolve", "respell", "sizes_from_config",
+    "tied_checks",
 ]  # fmt: skip
 
 LARGEST_FILE = 256 * 1024

@@ -346,3 +346,23 @@ def test_one_of_three_projections_becomes_a_fused_module_with_zeros(tmp_path: Pa
     assert torch.equal(up[3072:6144], tensors[f"{name}.lora_B.weight"])
     assert not up[:3072].any()
     assert not up[6144:].any()
+
+
+def test_a_language_model_s_names_come_back_from_the_base_only(tmp_path: Path) -> None:
+    path = "model.layers.0.self_attn.q_proj"
+    tensors = {f"base_model.model.{path}.lora_{s}.weight": torch.randn(4, 4) for s in "AB"}
+    (tmp_path / "in").mkdir()
+    save_file(tensors, tmp_path / "in" / "adapter_model.safetensors")
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "peft_type": "LORA"}))
+    done = convert(tmp_path / "in", tmp_path / "out.safetensors", ConvertOptions(target_dialect="kohya"))
+    assert any("--names-of PATH" in note for note in done.notes)
+    save_file(load_file(tmp_path / "out.safetensors"), tmp_path / "bare.safetensors")
+    with pytest.raises(MappingError, match="not found") as caught:
+        convert(tmp_path / "bare.safetensors", tmp_path / "back", ConvertOptions(target_dialect="peft"))
+    assert "--names-of" in caught.value.hint
+    save_file({f"{path}.weight": torch.zeros(4, 4)}, tmp_path / "base.safetensors")
+    facts = Facts((Fact("*", "names_of", str(tmp_path / "base.safetensors")),))
+    convert(tmp_path / "bare.safetensors", tmp_path / "back", ConvertOptions(target_dialect="peft", facts=facts))
+    back = load_file(tmp_path / "back" / "adapter_model.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
