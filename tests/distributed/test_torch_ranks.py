@@ -75,6 +75,16 @@ def test_a_state_of_model_and_optimizer_gives_the_model(tmp_path: Path) -> None:
         assert np.array_equal(source.read(name), value.view(torch.uint16).numpy())
 
 
+def test_four_fsdp1_processes_training_state_gives_the_model_and_names_the_rest(tmp_path: Path) -> None:
+    run = DATA / "dcp_fsdp1_train"
+    same(whole(run, tmp_path), torch.load(run / "full.pt"))
+    source = open_distributed(run)
+    assert source is not None
+    left = {name for name, _ in source.skipped}
+    assert {f"optim.state.{n}.exp_avg" for n in source.specs} <= left
+    assert any(len({b[1] for b in p.boxes.values()}) > 1 for p in source.arrangement.placed.values()), "uneven rows"
+
+
 def test_torchs_own_conversion_gives_the_same_bits(tmp_path: Path) -> None:
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
