@@ -117,10 +117,12 @@ def choose(given: Input, target: Path | str, options: ConvertOptions) -> Choice:
     _check_places(given, output)
     choice = Choice(origin, goal, family, output, kept, facts, Facts(chosen), warnings)
     if choice.crosses and origin.name in ("hf", "ms") and choice.whole_model and family is None:
+        from ..families.pipelines import advice
+
         raise UsageError(
             "a full model needs a family table to be renamed",
             where=f"fitting families: {', '.join(families(given, origin, options)) or 'none'}",
-            hint="pass --family NAME, or --family identity to keep every name",
+            hint=advice(given.source.specs) or "pass --family NAME, or --family identity to keep every name",
         )
     return choice
 

@@ -177,7 +177,7 @@ def _layout(table: Table, settings: Settings) -> Mapping[str, str]:
 
 def _map(adapter: Adapter, table: Table, target: Dialect, settings: Settings) -> Adapter:
     """Rename through the table; a full model must be complete on its own side first."""
-    from ..families import tables
+    from ..families import pipelines, tables
 
     config = settings.model_config
     sizes = tables.sizes_from_config(table, config) if config else None
@@ -190,10 +190,11 @@ def _map(adapter: Adapter, table: Table, target: Dialect, settings: Settings) ->
             layout=settings.layout, architecture=named[0] if named else "",
         )  # fmt: skip
         if found.problems:
+            several = pipelines.advice(extra.name for extra in adapter.extras)
             raise MappingError(
                 f"not a whole {table.family} model: {counted(len(found.problems), 'problem')}",
                 where=found.problems,
-                hint="check --family and --config; select a part of a model with --include or --layers",
+                hint=several or "check --family and --config; select a part of a model with --include or --layers",
             )
     if not beside:
         return tables.map_adapter(table, adapter, to=to, sizes=sizes, layout=settings.layout)

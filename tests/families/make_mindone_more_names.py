@@ -14,7 +14,8 @@ from make_mindone_names import CLASSIFIERS, OUT, SMALL, Case, classes, network, 
 
 SPEECH = {"vocab_size": 31, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3,
           "intermediate_size": 14, "conv_dim": [16, 18, 20], "conv_stride": [5, 2, 2], "conv_kernel": [10, 3, 7],
-          "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 3, "num_feat_extract_layers": 3, "classifier_proj_size": 9, "num_labels": 5,
+          "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 3, "num_feat_extract_layers": 3,
+          "classifier_proj_size": 9, "num_labels": 5,
           "tdnn_dim": [21, 22], "tdnn_kernel": [5, 3], "tdnn_dilation": [1, 2], "xvector_output_dim": 23}  # fmt: skip
 STABLE = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
 SQUEEZED = SPEECH | {"squeeze_factor": 2}

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from lorabridge import axes
+from lorabridge.actions.convert import ConvertOptions, convert
 from lorabridge.dialects.adapter import Adapter, Extra
 from lorabridge.dtypes import BY_NAME
-from lorabridge.families import tables
+from lorabridge.errors import MappingError, UsageError
+from lorabridge.families import pipelines, tables
 
 from .conftest import Store, model, reread
 from .make_mindone_lists import PARTS, digest
@@ -218,3 +220,82 @@ def test_what_a_text_encoder_does_not_need_is_left_out_with_a_reason(store: Stor
     made = tables.map_adapter(tables.load_family("sd_openclip"), given, to="hf")
     assert [extra.name for extra in made.extras] == ["text_model.final_layer_norm.weight"]
     assert made.left_out[0][0] == "cond_stage_model.model.logit_scale"
+
+
+def of_xl(folder: Path) -> dict[str, np.ndarray]:
+    """Write a small file with the second encoder of XL, and a tensor each of its U-Net and its autoencoder."""
+    from safetensors.numpy import save_file
+
+    table, sizes = tables.load_family("sd_openclip"), text_sizes("sd_openclip", SMALL | {"vocab_size": 11})
+    layout = {"names": "original"}
+    shapes = tables.names(table, sizes, "ms", layout=layout, architecture="CLIPTextModelWithProjection")
+    values = {n: np.random.default_rng(k).normal(size=s).astype(np.float32) for k, (n, s) in enumerate(shapes.items())}
+    values["conditioner.embedders.1.model.logit_scale"] = np.ones((), np.float32)
+    others = {"model.diffusion_model.label_emb.0.0.bias": 1280, "first_stage_model.decoder.conv_out.bias": 3}
+    values |= {name: np.ones(count, np.float32) for name, count in others.items()}
+    save_file(values, folder / "xl.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 11, "max_position_embeddings": 5, **SMALL}))
+    return values
+
+
+def test_a_network_of_a_single_file_becomes_one_of_transformers_and_goes_back(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    values = of_xl(tmp_path)
+    one = {"family": "sd_openclip", "config": tmp_path / "config.json"}
+    options = ConvertOptions(source_dialect="ms", target_dialect="hf", include=("conditioner.embedders.1.*",), **one)
+    convert(tmp_path / "xl.safetensors", tmp_path / "encoder.safetensors", options)
+    made = load_file(tmp_path / "encoder.safetensors")
+    known = CLIPTextModelWithProjection(CLIPTextConfig(**SMALL)).state_dict()
+    names = {n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": n for n in known}
+    assert {n: v.shape for n, v in made.items()} == {n: tuple(known[own].shape) for n, own in names.items()}
+    back = ConvertOptions(target_dialect="ms", layout={"names": "original"}, **one)
+    save_file(made, tmp_path / "theirs.safetensors", {"format": "pt"})  # as transformers would, without a manifest
+    convert(tmp_path / "theirs.safetensors", tmp_path / "back.safetensors", back)
+    again = load_file(tmp_path / "back.safetensors")
+    assert set(again) == {n for n in values if n.startswith("conditioner.") and not n.endswith("logit_scale")}
+    assert all((again[name] == values[name]).all() for name in again)
+
+
+def test_a_single_file_of_several_networks_is_refused_with_the_way_to_convert_each(tmp_path: Path) -> None:
+    of_xl(tmp_path)
+    said = (
+        "this file holds several networks: convert each with --from ms --to hf and "
+        "--family sdxl --include 'model.diffusion_model.*'; --family sd_vae --include 'first_stage_model.*'; "
+        "--family sd_openclip --include 'conditioner.embedders.1.*'"
+    )
+    with pytest.raises(MappingError, match="not a whole sdxl model") as caught:
+        convert(tmp_path / "xl.safetensors", tmp_path / "out.safetensors",
+                ConvertOptions(source_dialect="ms", target_dialect="hf", family="sdxl"))  # fmt: skip
+    assert caught.value.hint == said
+    with pytest.raises(UsageError, match="needs a family table") as asked:
+        convert(tmp_path / "xl.safetensors", tmp_path / "out.ckpt", ConvertOptions())
+    assert asked.value.hint == said
+
+
+def test_the_networks_of_single_files_are_known_by_their_prefixes() -> None:
+    flux = tables.names(tables.load_family("flux"), {}, "ms", layout={"ms_prefix": "model.diffusion_model."})
+    names = [*flux, "vae.decoder.conv_in.bias", "text_encoders.clip_l.transformer.text_model.final_layer_norm.bias",
+             "text_encoders.t5xxl.transformer.shared.weight"]  # fmt: skip
+    assert pipelines.networks(names) == {
+        "model.diffusion_model.": ("flux",), "vae.": ("sd_vae",), "text_encoders.clip_l.": ("sd_clip",),
+        "text_encoders.t5xxl.": ("sd_t5",),
+    }  # fmt: skip
+    assert pipelines.advice(flux) == ""
+
+
+def test_t5_of_a_single_file_has_transformers_names_below_a_prefix(store: Store) -> None:
+    fields = {"d_model": 8, "d_ff": 12, "num_heads": 2, "d_kv": 3, "relative_attention_num_buckets": 4,
+              "num_layers": 2, "vocab_size": 11}  # fmt: skip
+    table = tables.load_family("sd_t5")
+    sizes = tables.sizes_from_config(table, fields)
+    shapes = tables.names(table, sizes, "hf")
+    assert shapes == tables.names(tables.load_family("t5_encoder"), sizes, "hf")
+    there = tables.map_adapter(table, model(store, shapes), to="ms", sizes=sizes)
+    assert {e.name for e in there.extras} == {f"text_encoders.t5xxl.transformer.{name}" for name in shapes}
+    written, said = reread(there)
+    back = tables.map_adapter(table, written, to="hf", sizes=sizes)
+    assert {e.name: axes.substitute(e.value, said) for e in back.extras} == {
+        e.name: e.value for e in model(Store(), shapes).extras
+    }
