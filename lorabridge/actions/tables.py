@@ -123,7 +123,7 @@ def check(path: Path) -> TableCheck:
 
 
 def _line(error: InputError) -> str:
-    return f"{error.where[0]}: {error.problem}" if "not a valid" not in error.problem else error.where[0]
+    return f"{error.problem}: {error.where[0]}" if "not a valid" not in error.problem else error.where[0]
 
 
 def _prefix(prefix: Prefix) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -31,9 +32,30 @@ class Manual:
     optional: Mapping[str, tuple[Callable[[str], bool], str]] = field(default_factory=dict)
 
 
+_HYPHEN = "\N{NON-BREAKING HYPHEN}"
+
+
+class _Formatter(click.HelpFormatter):
+    """Keep words such as ``mindone-gm`` on one line, so that they can be found and copied."""
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Write terms and their meanings."""
+        kept = [(term, re.sub(r"(?<=\w)-(?=\w)", _HYPHEN, text)) for term, text in rows]
+        super().write_dl(kept, col_max, col_spacing)
+
+    def getvalue(self) -> str:
+        """Return the text."""
+        return super().getvalue().replace(_HYPHEN, "-")
+
+
+class _Context(click.Context):
+    formatter_class = _Formatter
+
+
 class Command(click.Command):
     """A command whose help has its arguments, options under headings, and examples."""
 
+    context_class = _Context
     manual = Manual()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

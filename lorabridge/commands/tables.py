@@ -48,7 +48,7 @@ def tables() -> None:
 def list_(mappings: Path | None, json: bool, quiet: bool, verbose: bool) -> None:
     """List every table that can be used.
 
-    The layouts are the choices that --layout takes.
+    The layouts are what --layout takes; -v adds their values and the tables' files.
     """
     from ..actions.tables import list_tables
 
@@ -57,17 +57,19 @@ def list_(mappings: Path | None, json: bool, quiet: bool, verbose: bool) -> None
     if json:
         out.document({"tables": [plain.plain(table) for table in found.tables]})
         return
+    header, right = ["family", "model types", "rules", "layouts"], "  r"
     rows = [
-        (
-            t.family,
-            ", ".join(t.model_types),
-            str(t.rules),
-            "; ".join(f"{n}={'|'.join(c)}" for n, c in t.layouts),
-            t.file,
-        )
-        for t in found.tables
+        [t.family, ", ".join(t.model_types), str(t.rules), ", ".join(n for n, _ in t.layouts)] for t in found.tables
     ]
-    out.result(plain.table(("family", "model types", "rules", "layouts", "file"), rows, right="  r", width=width()))
+    if out.verbose:
+        header.append("file")
+        for row, t in zip(rows, found.tables, strict=True):
+            row[3:] = ["; ".join(f"{n}={'|'.join(c)}" for n, c in t.layouts), t.file]
+    out.result(plain.table(header, rows, right=right, width=width()))
+    if not out.verbose:
+        out.hint(
+            "-v lists the values that --layout takes, `lorabridge tables show FAMILY` what they mean", label="note: "
+        )
 
 
 @documented(
@@ -116,7 +118,8 @@ def check(ctx: click.Context, file: Path, json: bool, quiet: bool, verbose: bool
 
     out = Output("tables check", json, quiet, verbose)
     if not file.is_file():
-        raise InputError("no such file", where=str(file), hint="name one table file")
+        problem = "a table is one file, this is none" if file.exists() else "no such file"
+        raise InputError(problem, where=str(file), hint="name one table file")
     done = run(file)
     if json:
         counted = {"family": done.family, "counts": dict(done.counts)}
@@ -180,6 +183,8 @@ def infer(
         left = f"{rests['shapes']} by shape and name only, {plain.count(rests['left'], 'name')} left over"
         out.hint(f"{sure}, {left}", label="note: ")
         out.warn([f"not a valid table yet: {problem}" for problem in wrong])
+        if not any(rests[name] for name in ("contents", "equal contents", "shapes")):
+            out.hint("the files have no parameter in common: give two whole checkpoints of one network")
     if wrong or rests["left"]:
         ctx.exit(FOUND_PROBLEMS)
 
