@@ -58,7 +58,11 @@ class AdapterHub:
     def detect(self, content: Content) -> str | None:
         """Claim files with ``.loras.NAME.lora_A``."""
         found = [name for name in content.specs if _NAME.fullmatch(name)]
-        return f"{counted(len(found), 'tensor')} such as {found[0]}" if found else None
+        if found:
+            return f"{counted(len(found), 'tensor')} such as {found[0]}"
+        held = (content.config or {}).get("config")
+        method = held.get("architecture") if isinstance(held, dict) else None
+        return f"adapter_config.json: architecture is {method!r}" if method in ("lora", *METHODS) else None
 
     def parse(self, content: Content) -> Adapter:
         """Read every module; MappingError for other methods of the library and for several adapters in one file."""
@@ -113,11 +117,39 @@ class AdapterHub:
         return Written(tensors, config, notes=notes, modules=modules)
 
 
+METHODS = {
+    "prefix_tuning": (
+        "a prefix before every attention's keys and values",
+        "train it with peft's PrefixTuningConfig, whose file converts (peft-prompt)",
+    ),
+    "prompt_tuning": (
+        "virtual tokens before the input", "train it with peft's PromptTuningConfig, whose file converts (peft-prompt)"
+    ),
+    "reft": ("an edit of hidden states, which no weight holds", "it stays in AdapterHub"),
+    "union": ("several methods at once", "train LoRA and Houlsby's adapters by themselves, which convert"),
+}  # fmt: skip
+"""AdapterHub's methods beside bottleneck adapters and LoRA (adapters 1.3.0, ADAPTER_CONFIG_MAP), and their cures."""
+
+
+def refuse_method(held: Json, where: str) -> None:
+    """Raise MappingError where a config says another method of the library, with the cure."""
+    method = held.get("architecture")
+    if method in METHODS:
+        what, cure = METHODS[str(method)]
+        raise MappingError(f"AdapterHub's {method} is {what}", where=where, hint=cure)
+    if held.get("init_weights") == "vera":
+        raise MappingError(
+            "AdapterHub's VeRA draws its projections anew, and the file has none", where=where,
+            hint="merge it in adapters (merge_adapter), and convert the model",
+        )  # fmt: skip
+
+
 def _held(content: Content) -> Json:
     """Return the config's inner part; MappingError for other methods than plain LoRA."""
     held = (content.config or {}).get("config", {})
     if not isinstance(held, dict):
         raise MappingError("config is no object", where=content.path, hint="repair adapter_config.json")
+    refuse_method(held, content.path)
     odd = [f"{field}: {what}" for field, what in OTHER.items() if held.get(field) not in (None, False)]
     odd += [f"{f} = {held[f]!r}" for f, plain in (("architecture", "lora"), ("composition_mode", "add"))
             if held.get(f, plain) != plain]  # fmt: skip

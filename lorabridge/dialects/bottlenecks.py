@@ -21,6 +21,7 @@ from ..arithmetic.products import constant
 from ..axes import Expr, read, reshape, scale
 from ..errors import MappingError, counted
 from .adapter import Adapter, Content, Extra, Facts, Value, Written
+from .adapterhub import refuse_method
 from .deltas import DENSE, LOW_RANK, Adapters, adapters, one, require, sizes
 from .pairs import Problems, in_mindspore
 
@@ -141,6 +142,7 @@ def _section(content: Content) -> Mapping[str, Value]:
             "the adapter_config.json of the adapter is missing, which says how it computes", where=content.path,
             hint="convert the directory that save_adapter wrote, or name the file with --config",
         )  # fmt: skip
+    refuse_method(section, content.path)
     return {**DEFAULTS, **section}
 
 

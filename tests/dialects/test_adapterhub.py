@@ -128,7 +128,8 @@ def test_mixed_ranks_and_alphas_become_one(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"use_gating": True}, "a gate"), ({"composition_mode": "scale"}, "composition_mode = 'scale'"),
-        ({"architecture": "prefix_tuning"}, "architecture"), ({"vera_d": 0.1}, "VeRA"), ({"use_dora": True}, "DoRA"),
+        ({"architecture": "mtl_lora"}, "architecture"),
+        ({"architecture": "reft"}, "hidden states"), ({"vera_d": 0.1}, "VeRA"), ({"use_dora": True}, "DoRA"),
         ({"r": 7}, "rank is stated as 7"),
     ],
 )  # fmt: skip

@@ -137,6 +137,25 @@ def test_forms_that_mindpet_does_not_compute_are_refused(tmp_path: Path, name: s
     assert not (tmp_path / "out.ckpt").exists()
 
 
+EVERY = json.loads((Path(__file__).parent / "adapterhub_every.json").read_text("utf-8"))
+CONVERTS = {"houlsby", "double_seq_bn", "lora"}
+
+
+@pytest.mark.parametrize("name", sorted(set(EVERY) - {"adapters"}))
+def test_every_named_method_of_adapterhub_converts_or_has_a_cure(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    tensors = {key: torch.zeros(shape) for key, shape in EVERY[name]["tensors"].items()}
+    torch.save(tensors, tmp_path / "in" / "pytorch_adapter.bin")
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(EVERY[name]["config"]))
+    if name in CONVERTS:
+        assert convert(tmp_path / "in", tmp_path / "out.ckpt").tensors_read == len(tensors)
+        return
+    with pytest.raises(MappingError) as caught:
+        convert(tmp_path / "in", tmp_path / "out.ckpt")
+    cures = ("train", "merge it in adapters", "it stays in AdapterHub", "choose one with --from")
+    assert any(cure in caught.value.hint for cure in cures)
+
+
 def changed(tmp_path: Path, name: str, **fields: object) -> Path:
     """Return one of AdapterHub's directories with other fields in its config."""
     made = tmp_path / "changed"
