@@ -66,8 +66,8 @@ def table_of(reader: Reader, data: Item) -> Table:
         rules=tuple(sorted(rules, key=lambda rule: rule.ref.line)),
         stacks=tuple(_stack(reader, *row) for row in reader.items(data, "stack", _STACK_KEYS)),
         tied=tuple(_tied(reader, *row) for row in reader.items(data, "tied", ("hf", "ms", "to", "when"))),
-        buffers=tuple(_buffer(reader, *row) for row in reader.items(data, "buffer", ("hf", "ms", "drop", "prefix"))),
-        refused=tuple(_refused(reader, *row) for row in reader.items(data, "refused", ("config", "over", "under", "why"))),
+        buffers=tuple(_buffer(reader, *row) for row in reader.items(data, "buffer", _BUFFER_KEYS)),
+        refused=tuple(_refused(reader, *row) for row in reader.items(data, "refused", _REFUSED_KEYS)),
         identity=reader.flag(top, data, "identity", False),
     )
 
@@ -330,7 +330,13 @@ def _buffer(reader: Reader, ref: RuleRef, item: Item) -> Buffer:
         reader.complain(ref, "a buffer needs hf or ms")
     drop = reader.text(ref, item, "drop")
     sides = [reader.optional(ref, item, side) for side in SIDES]
-    return Buffer(ref, sides[0], sides[1], drop, reader.flag(ref, item, "prefix", True))
+    return Buffer(ref, sides[0], sides[1], drop, reader.flag(ref, item, "prefix", True), _when(reader, ref, item))
+
+
+_BUFFER_KEYS = ("hf", "ms", "drop", "prefix", "when")
+
+
+_REFUSED_KEYS = ("config", "over", "under", "why")
 
 
 def _refused(reader: Reader, ref: RuleRef, item: Item) -> Refused:

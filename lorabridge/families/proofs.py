@@ -152,6 +152,8 @@ def _buffers(table: Table) -> Iterator[str]:
     for buffer in table.buffers:
         if not buffer.drop.strip():
             yield f"{buffer.ref}: a buffer that is dropped needs a reason"
+        for key, choice in buffer.when:
+            yield from (f"{buffer.ref}: {problem}" for problem in _choice(table.layouts, key, choice))
 
 
 def _stacks(table: Table) -> Iterator[str]:
@@ -239,7 +241,7 @@ def _other_claims(table: Table, side: SideName) -> Iterator[Claim]:
         template = buffer.side(side)
         if template is not None:
             for prefix in table.prefix(side).answers if buffer.prefixed else ("",):
-                yield template.between(prefix), buffer.ref, ()
+                yield template.between(prefix), buffer.ref, buffer.when
 
 
 def check_sizes(table: Table, sizes: Mapping[str, int], told: Mapping[str, str]) -> list[str]:

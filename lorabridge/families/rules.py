@@ -232,6 +232,7 @@ class Buffer:
     ms: Template | None
     drop: str
     prefixed: bool = True
+    when: When = ()
 
     def side(self, name: SideName) -> Template | None:
         """Return one side."""
@@ -240,7 +241,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A config without a model on the ms side: a field (a list counts its entries, none is 0) above or below a number."""
+    """A config without a model on the ms side: a field (a list counts its entries, none is 0) beyond a number."""
 
     ref: RuleRef
     config: str

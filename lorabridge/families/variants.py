@@ -25,9 +25,7 @@ class Hit:
     @property
     def when(self) -> When:
         """Layout choices that this reading implies."""
-        if isinstance(self.what, Slot):
-            return self.what.rule.when
-        return () if isinstance(self.what, Buffer) else self.what.when
+        return self.what.rule.when if isinstance(self.what, Slot) else self.what.when
 
 
 class Index:
@@ -187,16 +185,22 @@ def _rank_fits(hit: Hit, shape: Shape | None) -> bool:
 def _beyond(table: Table, side: SideName) -> dict[int, dict[str, set[str]]]:
     """Return, by rule and stack of ``side``, the layouts that its parameters depend on, with their choices.
 
-    These are what decides how the other side stacks them; and for a stack, which of its items' rules holds.
+    These are what decides how the other side stacks them; and for a stack, which of its items' rules holds: "" where
+    one does whatever the choice is.
     """
-    found: dict[int, dict[str, set[str]]] = {}
+    said: dict[int, list[dict[str, set[str]]]] = {}
     for rule in table.rules if table.stacks else ():
         theirs = [pair for stack in stacks_of(table, rule, other_side(side)) for pair in stack.when]
         mine = stacks_of(table, rule, side)
         for what in (rule, *mine):
+            row: dict[str, set[str]] = {}
             for key, choice in (*theirs, *(rule.when if mine else ())):
-                found.setdefault(id(what), {}).setdefault(key, set()).add(choice)
-    return found
+                row.setdefault(key, set()).add(choice)
+            said.setdefault(id(what), []).append(row)
+    return {
+        what: {key: {choice for row in rows for choice in row.get(key, ("",))} for row in rows for key in row}
+        for what, rows in said.items()
+    }
 
 
 def stacks_of(table: Table, rule: Rule, side: SideName) -> list[Stack]:

@@ -91,6 +91,20 @@ def old_deepseek(**fields: object) -> object:
                    "DeepseekV3Config", **OLD, moe_config=BIASED | fields)  # fmt: skip
 
 
+def old_deepseek_inference(**fields: object) -> object:
+    """Build DeepSeek-V3 for inference, as on one device."""
+    import mindformers.experimental.parallel_core.pynative.parallel_state as state
+
+    state._get_rank_helper = lambda *_, **__: 0
+    state._get_world_size_helper = lambda *_, **__: 1
+    state._get_group_helper = lambda *_, **__: ""
+    without_groups()
+    where = "research.deepseek3"
+    own = OLD | {"use_past": True, "use_flash_attention": True, "router_dense_type": "float32"} | fields
+    return network(f"{where}.deepseek3_model_infer", "InferenceDeepseekV3ForCausalLM", f"{where}.deepseek3_config",
+                   "DeepseekV3Config", **own, moe_config=BIASED)  # fmt: skip
+
+
 def deepseek2(module: str, **fields: object) -> object:
     """Build DeepSeek-V2: without the further layer and the balancing bias of DeepSeek-V3."""
     without_groups()
@@ -116,6 +130,9 @@ MOE = {
         "qwen2_moe.1.5.0.predict_concat": lambda: llama(bias=True, qkv=True, predict=True, **SHARED),
         "deepseek3.1.5.0.batched": old_deepseek,
         "deepseek3.1.5.0.grouped": lambda: old_deepseek(use_gmm=True),
+        "deepseek3.1.5.0.predict": old_deepseek_inference,
+        "deepseek3.1.5.0.predict_concat": lambda: old_deepseek_inference(qkv_concat=True),
+        "deepseek3.1.5.0.predict_direct": lambda: old_deepseek_inference(q_lora_rank=0),
     },
     "2.1.0": {
         "qwen3_moe_mcore.2.1.0.graph": lambda: qwen3("train", "TrainingQwen3MoeForCausalLM"),

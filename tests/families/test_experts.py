@@ -55,6 +55,7 @@ GRAPH = {"qkv": "grouped", "fc1": "interleaved", "experts": "flat", "expert_bias
 PYNATIVE = GRAPH | {"experts": "stacked", "expert_bias": "layer"}
 PREDICT = {"qkv": "contiguous", "fc1": "contiguous", "experts": "stacked", "expert_bias": "router"}
 ONE = {"fc1": "interleaved", "experts": "flat", "expert_bias": "router"}
+INFERRED = {key: choice for key, choice in PREDICT.items() if key != "qkv"}
 BATCHED, GROUPED = {"experts": "batched"}, {"experts": "grouped"}
 DISK = {"hf_experts": "disk"}
 
@@ -86,10 +87,16 @@ CASES = [
         "deepseek2.1.3.0.whole": BATCHED | {"mla": "whole"}, "deepseek2.1.5.0.batched": BATCHED,
         "deepseek2.1.5.0.grouped": GROUPED}, DISK),
     Case("deepseek3", "DeepseekV3ForCausalLM", OLD, {
-        "deepseek3.1.5.0.batched": BATCHED, "deepseek3.1.5.0.grouped": GROUPED}, DISK),
+        "deepseek3.1.5.0.batched": BATCHED | {"mla": "split"}, "deepseek3.1.5.0.grouped": GROUPED | {"mla": "split"},
+        "deepseek3.1.5.0.predict": {"experts": "transposed", "mla": "predict"},
+        "deepseek3.1.5.0.predict_concat": {"experts": "transposed", "mla": "predict_concat"}},
+        DISK | {"query": "compressed"}),
+    Case("deepseek3", "DeepseekV3ForCausalLM", OLD | {"q_lora_rank": None}, {
+        "deepseek3.1.5.0.predict_direct": {"experts": "transposed"}}, DISK | {"query": "direct", "mla": "predict"}),
 ]  # fmt: skip
 FURTHER = ("deepseek3", "deepseek3_mcore")
 COUNTERS = ("fi_accu", "expert_load", "tokens_per_expert", "key_cache", "value_cache")
+ZEROS = "router.router.topk_bias"  # in the inference network beside the bias that it reads
 TABLES = {case.table: load_family(case.table) for case in CASES}
 
 
@@ -139,7 +146,7 @@ def further(shapes: Shapes, config: Mapping[str, object]) -> Shapes:
 def models() -> Iterator[object]:
     for case in CASES:
         yield pytest.param(case, False, id=str(case))
-        if case.table in FURTHER:
+        if case.table in FURTHER and case.fixed.get("mla") != "predict":
             yield pytest.param(case, True, id=f"{case}-further")
 
 
@@ -156,13 +163,17 @@ def layouts(case: Case, more: bool) -> Iterator[dict[str, str]]:
     choices = [[choice for choice, _ in layout.choices] for layout in table.layouts if layout.name in names]
     for chosen in product(*choices):
         layout = {**case.fixed, **dict(zip(names, chosen, strict=True))}
-        if not (more and str(layout.get("mla")).startswith("predict")) and layout.get("head") != "tied":
+        predict = str(layout.get("mla")).startswith("predict")
+        told = {key: layout[key] for key in PREDICT if key in layout}
+        if predict and (more or told not in (INFERRED, ONE, {"experts": "transposed"})):
+            continue  # inference has one form
+        if layout.get("head") != "tied":
             yield layout
 
 
 def every_layout() -> Iterator[object]:
     for case in CASES:
-        for more in (False, True) if case.table in FURTHER else (False,):
+        for more in (False, True) if case.table in FURTHER and case.fixed.get("mla") != "predict" else (False,):
             for layout in layouts(case, more):
                 said = "-".join(f"{key}={choice}" for key, choice in layout.items())
                 yield pytest.param(case, more, layout, id=f"{case}{'-further' * more}-{said}")
@@ -212,6 +223,8 @@ def test_a_converted_model_has_the_parameters_of_the_network(
     table, shapes, config, sizes = of(case, more)
     there = map_adapter(table, model(store, shapes), to="ms", sizes=sizes, layout=layout)
     counted = {key for key in network if key.endswith(COUNTERS)}
+    if layout.get("mla", "").startswith("predict"):
+        counted |= {key for key in network if key.endswith(ZEROS)}
     made: Shapes = {extra.name: extra.value.shape for extra in there.extras}
     assert made == {key: shape for key, shape in network.items() if key not in counted}
     told = {key: choice for key, choice in layout.items() if key in ("qkv", "fc1", "qkv_concat")}
@@ -340,11 +353,11 @@ def test_a_flat_stack_needs_a_config_and_a_deep_one_none(store: Store) -> None:
             assert len(map_adapter(table, file, to="hf").extras) == 2 * 4 * 3
 
 
-@pytest.mark.parametrize(("family", "value"), [("deepseek2", None), ("deepseek3", None), ("deepseek3", 0)])
-def test_a_model_without_the_rank_that_the_cell_has_is_refused(family: str, value: object) -> None:
-    """The cells of research/deepseek2 and deepseek3 have no other path for queries: DeepSeek-V2-Lite, Moonlight."""
+@pytest.mark.parametrize("value", [None, 0])
+def test_a_model_without_the_rank_that_the_cell_has_is_refused(value: object) -> None:
+    """The cell of research/deepseek2 has no other path for queries, which DeepSeek-V2-Lite would need."""
     with pytest.raises(MappingError, match="has no model with this config") as error:
-        sizes_from_config(TABLES[family], OLD | {"q_lora_rank": value})
+        sizes_from_config(TABLES["deepseek2"], OLD | {"q_lora_rank": value})
     assert "and has no q_proj" in error.value.where[0]
 
 
@@ -385,3 +398,23 @@ def test_the_layer_of_glm_that_no_network_has_is_left_out_by_name(store: Store) 
     assert {e.name: e.value.shape for e in there.extras} == {e.name: e.value.shape for e in plain.extras}
     with pytest.raises(MappingError, match="do not fit"):
         map_adapter(table, model(Store(), more), to="ms", sizes=sizes_from_config(table, config))
+
+
+def test_inference_leaves_the_layers_for_further_tokens_out(store: Store) -> None:
+    case = next(case for case in CASES if case.table == "deepseek3")
+    table, shapes, config, _ = of(case, False)
+    more = further(shapes, config)
+    sizes = sizes_from_config(table, config | {"num_nextn_predict_layers": 1})
+    layout = {"experts": "transposed", "mla": "predict"}
+    assert check_complete(table, more, side="hf", sizes=sizes, layout=layout).problems == ()
+    there = map_adapter(table, model(store, more), to="ms", sizes=sizes, layout=layout)
+    left = {name for name, why in there.left_out if "predicts further tokens" in why}
+    assert left == set(more) - set(shapes)
+    assert tied_checks(table, more, side="hf", layout=layout) == []
+    at = "model.layers.1."
+    pe = store.bits[f"{at}self_attn.kv_a_proj_with_mqa.weight"][16:]
+    made = {extra.name: axes.evaluate(extra.value, store.bits.__getitem__, {}) for extra in there.extras}
+    assert (made[f"{at}attention.kv2l.weight"][16:] == np.concatenate([pe[0::2], pe[1::2]])).all()
+    heads = store.bits[f"{at}self_attn.q_b_proj.weight"].reshape(4, 10, 12)
+    turned = np.concatenate([heads[:, :6], heads[:, 6::2], heads[:, 7::2]], 1)
+    assert (made[f"{at}attention.l2q_proj.weight"] == turned.reshape(40, 12)).all()
