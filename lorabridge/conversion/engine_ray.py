@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ RETRIES = 5
 """How often Ray starts a share again, on another machine if it can, after the worker that had it was lost."""
 ANSWER = 120.0
 """Seconds for every machine to start a worker and look at its files."""
+GONE = 60.0
+"""Seconds without a single machine that works after which a run is given up."""
 STORE = 80 << 20
 """Bytes of the object store of a cluster that is started here: tensors never pass through it."""
 
@@ -69,7 +72,7 @@ def _machines() -> list[Machine]:
 def _join(address: str | None) -> None:
     place, told_by = _place(address)
     if place is None:
-        with _quiet_environment():
+        with _own_environment():
             _initialize(
                 "this machine", address="local", num_cpus=len(os.sched_getaffinity(0)), object_store_memory=STORE,
                 include_dashboard=False,
@@ -107,15 +110,14 @@ def _place(address: str | None) -> tuple[str | None, str]:
 
 
 @contextmanager
-def _quiet_environment() -> Iterator[None]:
-    """Start a cluster that reports its use to nobody."""
-    name = "RAY_USAGE_STATS_ENABLED"
-    before = os.environ.get(name)
-    os.environ.setdefault(name, "0")
+def _own_environment() -> Iterator[None]:
+    """Start a cluster that reports its use to nobody, and whose workers have this process's priority."""
+    added = {name: "0" for name in ("RAY_USAGE_STATS_ENABLED", "RAY_worker_niceness") if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        if before is None:
+        for name in added:
             del os.environ[name]
 
 
@@ -187,7 +189,7 @@ def _reply(get: Callable[[object], Reply], reference: object) -> Reply | str:
 def results(shares: Iterator[Share], window: int) -> Iterator[Done]:
     """Yield what came of each share as it is done, at most ``window`` of them under way.
 
-    Raises what a worker refused, StorageError when a share's workers were lost too often.
+    Raises what a worker refused, StorageError when a share's workers were lost too often, or all machines for good.
     """
     import ray
 
@@ -204,11 +206,26 @@ def results(shares: Iterator[Share], window: int) -> Iterator[Done]:
                 if share is not None:
                     running.append(remote.remote(share))
             if running:
-                ready, running = ray.wait(running)
-                yield _result(ray.get, ready[0])
+                ready, running = _next(running)
+                yield _result(ray.get, ready)
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
+
+
+def _next(running: list[object]) -> tuple[object, list[object]]:
+    """Wait for one of the shares that are under way; a StorageError when no machine is left to do them."""
+    import ray
+
+    since = time.monotonic()
+    while True:
+        ready, rest = ray.wait(running, timeout=GONE / 6)
+        if ready:
+            return ready[0], rest
+        if _machines():
+            since = time.monotonic()
+        elif time.monotonic() - since > GONE:
+            raise StorageError("every machine of the cluster with a CPU is gone", hint="look at `ray status`")
 
 
 def _result(get: Callable[[object], Done | Refused], reference: object) -> Done:

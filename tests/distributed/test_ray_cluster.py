@@ -62,8 +62,9 @@ os.open, os.stat = blind(opened), blind(stat)
 class Machines:
     """A running cluster, and a file whose content is what the workers of its lasting machine do not see."""
 
-    def __init__(self, cluster: Any, toggle: Path) -> None:
+    def __init__(self, cluster: Any, lasting: Any, toggle: Path) -> None:
         self.cluster = cluster
+        self.lasting = lasting
         self.toggle = toggle
 
 
@@ -84,6 +85,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # workers wait for nobody on a busy machine
         patch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)  # workers import ray_sources from here
         import ray
         from ray.cluster_utils import Cluster
@@ -93,9 +95,9 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": soon, **small})
         try:
             paths = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
-            made.add_node(num_cpus=2, env_vars={"PYTHONPATH": paths}, **small)
+            lasting = made.add_node(num_cpus=2, env_vars={"PYTHONPATH": paths}, **small)
             ray.init(address=made.address, log_to_driver=False)
-            yield Machines(made, folder / "hidden")
+            yield Machines(made, lasting, folder / "hidden")
         finally:
             ray.shutdown()
             made.shutdown()
@@ -297,6 +299,25 @@ def test_a_cluster_of_its_own_ends_with_the_run(tmp_path: Path) -> None:
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert left == []
+
+
+def test_a_cluster_without_machines_is_given_up_and_nothing_is_left(
+    machines: Machines, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test: no machine is there after it."""
+    monkeypatch.setattr(engine_ray, "GONE", 1.0)
+    (tmp_path / "out").mkdir()
+
+    def progress(done: int, total: int) -> None:
+        if machines.lasting is not None:
+            machines.cluster.remove_node(machines.lasting, allow_graceful=False)
+            machines.lasting = None
+
+    with pytest.raises(StorageError, match="every machine of the cluster with a CPU is gone"):
+        written(Slow(model, tmp_path / "notes", seconds=0.1), tmp_path / "out" / "ray.ckpt", RAY, progress)
+    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(UsageError, match="no machine of the cluster has a CPU for this"):
+        written(Slow(model, tmp_path / "notes"), tmp_path / "out" / "ray.ckpt", RAY)
 
 
 def marked(mark: str) -> Iterator[int]:
