@@ -11,6 +11,7 @@ from ..axes import Expr, computes, read, reads
 from ..conversion import plan
 from ..conversion.forward import Forward
 from ..dialects.blockscales import refuse_scaled
+from ..distributed.assembled import Assembled
 from ..errors import MappingError, UsageError
 from ..joined import prefixed
 from ..merging.identity import MERGED_KEY, base_of, merged_mark
@@ -74,6 +75,9 @@ def merge(
         merging = Merging(Merger(seen))
         merger = merging.merger
         if not options.dry_run:
+            for one in (given.base, *given.adapters):
+                if isinstance(one.source, Assembled):
+                    one.source.check_replicas()
 
             def finish() -> None:
                 check_finite(merger)

@@ -22,6 +22,7 @@ from ._options import (
     mappings_option,
     output_options,
     progress_option,
+    ranks_options,
     stated,
 )
 from ._progress import Progress
@@ -59,6 +60,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
             "From and to": ("adapter_dialect", "target_dialect", "family", "config", "layout", "mappings", "key_file"),
             "What the adapter does not say": tuple(FACTS),
             "Numbers": ("weights", "exact", "residual_base", "onto_merged", "any_base"),
+            "Ranks": ("strategies", "steps"),
             "Writing": ("undo", "max_shard_size", "crc", "workers", "dry_run", "overwrite"),
             "Machines": ("engine", "address"),
             "Output": ("json", "quiet", "verbose", "no_progress"),
@@ -88,6 +90,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
 @mappings_option
 @key_option
 @fact_options
+@ranks_options(BASE="base", ADAPTER="adapters")
 @click.option("--weights", metavar="W,W...", help="Multiply each adapter's deltas by a number.")
 @click.option("--exact", is_flag=True, help="Compute deltas to 48 bits for bfloat16 too; other types get them anyway.")
 @click.option("--residual-base", is_flag=True,
