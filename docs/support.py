@@ -36,6 +36,8 @@ from lorabridge.tensors import TensorSpec
 
 PAGE = Path(__file__).with_name("support.md")
 OUT, IN, RANK = 320, 320, 2
+WIDTHS = {"xlabs": 3072}
+"""How wide the layers of a dialect's network are, where they are not OUT and IN."""
 PATH = "model.layers.0.self_attn.q_proj"
 
 UNET = {
@@ -44,13 +46,18 @@ UNET = {
 }
 PATHS: dict[str, dict[str, str]] = {
     "slora": {"linear": "model.layers.0.attention.wq", "embedding": "model.tok_embeddings"},
-    "kohya": UNET, "diffusers": UNET, "mindone": UNET,
+    "kohya": UNET, "diffusers": UNET, "mindone": UNET, "comfy": UNET, "bfl": UNET,
+    "xlabs": {"linear": "transformer.transformer_blocks.0.attn.to_out.0"},
     "torchtune": {"linear": "layers.0.attn.q_proj"},
     "gguf": {"linear": "blk.0.attn_q", "embedding": "token_embd"},
     "mindone-gm": {"linear": "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"},
 }  # fmt: skip
 """What a module is called where a dialect knows the names of some networks only."""
-TOLD = {"gguf": Facts((Fact("*", "table", "llama_gguf"),)), "kohya": Facts((Fact("*", "names_of", "sd15"),))}
+SD15 = Facts((Fact("*", "names_of", "sd15"),))
+TOLD = {
+    "gguf": Facts((Fact("*", "table", "llama_gguf"),)), "kohya": SD15, "comfy": SD15, "bfl": SD15,
+    "xlabs": Facts((Fact("*", "names_of", "flux"),)),
+}  # fmt: skip
 """What a conversion tells a dialect beside the adapter."""
 ABSENT = re.compile(r"has (?:no|neither) |adapts q, k, v|no place in|linear layers only|and nothing beside them")
 """Reasons that say only that the format has no such thing."""
@@ -143,7 +150,11 @@ def placed(dialect: Dialect, adapter: Adapter) -> Adapter:
         if named is None or one.stack is not None or len(one.terms) > 1:
             return one.path
         return (
-            named.replace("q_proj", "v_proj").replace("to_q", "to_v").replace("attn_q", "attn_v").replace("wq", "wv")
+            named.replace("q_proj", "v_proj")
+            .replace("to_q", "to_v")
+            .replace("attn_q", "attn_v")
+            .replace("wq", "wv")
+            .replace("to_out.0", "to_add_out")
             if one.path.endswith("v_proj")
             else named
         )
@@ -192,7 +203,10 @@ def dialect_table() -> Iterator[str]:
     reasons: dict[str, int] = {}
     yield "| dialect | framework | " + " | ".join(KINDS) + " |"
     yield "|---|---|" + "---|" * len(KINDS)
+    global OUT, IN
+    usual = OUT, IN
     for dialect in DIALECTS:
+        OUT, IN = (WIDTHS[dialect.name],) * 2 if dialect.name in WIDTHS else usual
         cells = []
         for make in KINDS.values():
             said = outcome(dialect, make())
@@ -201,6 +215,7 @@ def dialect_table() -> Iterator[str]:
             elif said not in ("yes", "grown", "folded"):
                 said = f"no ({reasons.setdefault(said, len(reasons) + 1)})"
             cells.append(said)
+        OUT, IN = usual
         yield f"| `{dialect.name}` | {dialect.framework} | " + " | ".join(cells) + " |"
     yield ""
     yield from (f"{number}. {reason}" for reason, number in reasons.items())

@@ -138,7 +138,7 @@ def _tensors(name: str, module: LoraModule, dialect: str, *, alpha: bool) -> lis
 
 
 def _refuse(adapter: Adapter, dialect: str) -> None:
-    problems = Problems(f"properties of the adapter have no place in {dialect}'s files")
+    problems = Problems(f"properties of the adapter have no place in files of {dialect}")
     for module in adapter.modules:
         if module.kind == "embedding":
             problems.add(f"{dialect} has no LoRA for embeddings", module.path, MERGE)
@@ -155,5 +155,5 @@ def _refuse(adapter: Adapter, dialect: str) -> None:
             problems.add("xlabs has no bias on the B factor", module.path, MERGE)
     for extra in adapter.extras:
         if dialect != "bfl":
-            problems.add(f"{dialect}'s files hold factors only", extra.name, "leave such tensors out with --exclude")
+            problems.add(f"files of {dialect} hold factors only", extra.name, "leave such tensors out with --exclude")
     problems.raise_any()
