@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
         ("docs/other-dialects.md", 10),
         ("docs/distributed.md", 9),
         ("docs/mindpet.md", 4),
+        ("docs/ray.md", 1),
     ],
 )
 def test_transcripts_are_real(page: str, commands: int) -> None:

@@ -117,7 +117,7 @@ def output_options(command: F) -> F:
 def engine_options(command: F) -> F:
     """Add --engine and --address."""
     for option in (
-        click.option("--address", metavar="ADDR", help="Of a Ray cluster that runs: HOST:6379, auto."),
+        click.option("--address", metavar="ADDR", help="Of a Ray cluster: HOST:6379; auto; local to start one."),
         click.option("--engine", type=click.Choice(["process", "ray"]), default="process", show_default=True,
                      help="Who writes: threads of this process, or the machines of a Ray cluster that share its "
                      "file systems. The output does not depend on it."),
