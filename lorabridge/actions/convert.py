@@ -312,9 +312,7 @@ def _companions(
     if job.choice.output.directory:
         files |= {name: _placed(text, job.choice.output.target) for name, text in job.files.items()}
     if job.choice.output.directory and job.choice.goal.name == "hf" and given.model_config is not None:
-        gone = {"quantization_config"} if job.manifest is not None and "dequantize" in job.manifest.options else set()
-        said = {key: value for key, value in given.model_config.items() if key not in gone}
-        files[MODEL_CONFIG] = json.dumps(said, indent=2, sort_keys=True) + "\n"
+        files[MODEL_CONFIG] = json.dumps(_model_config(job, given.model_config), indent=2, sort_keys=True) + "\n"
     if job.manifest is not None:
         kept = job.manifest
         record = replace(kept, digests=digests or kept.digests, residues={**kept.residues, **notes.residues})
@@ -329,6 +327,14 @@ def _companions(
         )
         files[sidecar] = manifest.facts_text(job.stated)
     return files
+
+
+def _model_config(job: Job, config: Json) -> dict[str, object]:
+    """Return a model's config for what is written: no float8 quantization where no weight is float8."""
+    said = config.get("quantization_config")
+    float8 = any(expr.dtype.name.startswith("float8") for expr in job.plan.outputs().values())
+    widened = isinstance(said, Mapping) and said.get("quant_method") == "fp8" and not float8
+    return {key: value for key, value in config.items() if not (widened and key == "quantization_config")}
 
 
 def _placed(text: str, target: Path) -> str:

@@ -91,11 +91,18 @@ def test_the_config_of_a_widened_model_says_nothing_of_float8(tmp_path: Path) ->
     assert "quantization_config" not in said
     assert said["hidden_size"] == 160
     assert len(load_file(tmp_path / "out" / "model.safetensors")) == 12
+    ms = ConvertOptions(dequantize=True, family="llama", target_dialect="ms")
+    convert(tmp_path / "in", tmp_path / "ms.safetensors", ms)
+    back = ConvertOptions(family="llama", target_dialect="hf", config=tmp_path / "in" / "config.json")
+    report = convert(tmp_path / "ms.safetensors", tmp_path / "back", back)
+    assert any("rounded on the way here" in text for text in report.warnings)
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
 
 
 def test_without_the_option_float8_stays_or_is_refused(tmp_path: Path) -> None:
     tensors = model(tmp_path / "in")
     convert(tmp_path / "in", tmp_path / "copy", ConvertOptions(family="identity", target_dialect="hf"))
+    assert "quantization_config" in json.loads((tmp_path / "copy" / "config.json").read_text())
     copied = load_file(tmp_path / "copy" / "model.safetensors")
     assert all(torch.equal(copied[n].view(torch.uint8), t.view(torch.uint8)) for n, t in tensors.items())
     with pytest.raises(MappingError, match="7 weights in float8 with block scales cannot go through a table") as error:
