@@ -13,6 +13,8 @@ from ..conversion.repository import Output
 from ..dialects import project_of
 from ..dialects.adapter import Dialect, Fact, Facts, Json, Value
 from ..errors import InputError, counted
+from ..files import placeholders
+from ..files.placeholders import is_remote
 from ..manifest import Manifest
 from .merge_inputs import MergeOptions, Opened
 
@@ -23,8 +25,9 @@ COMMAND = "merge"
 class MergeRecipe:
     """How a model was merged.
 
-    ``base`` and ``adapters``: names of the files; ``paths``: of the adapters, from the merged model's directory, ""
-    where none is known. ``weights``: one for each adapter. ``dialect``, ``family``, ``layout``: as they were told.
+    ``base`` and ``adapters``: names of the files; ``paths``: of the adapters, from the merged model's directory or with
+    their store, "" where none is known. ``weights``: one for each adapter. ``dialect``, ``family``, ``layout``: as they
+    were told.
     """
 
     base: str
@@ -62,7 +65,7 @@ class MergeRecipe:
         """Return the adapters that lie where they lay, or beside the model, in their order."""
         folder = merged.resolve().parent
         places = [
-            ([folder / path] if path else []) + [folder / name]
+            [placeholders.looked_at(path if is_remote(path) else folder / path) for path in (path, name) if path]
             for name, path in zip(self.adapters, self.paths, strict=True)
         ]
         return [path for row in places for path in [next((p for p in row if p.exists()), None)] if path is not None]
@@ -114,7 +117,13 @@ def recipe(given: Opened, target: Path, options: MergeOptions) -> MergeRecipe:
 
 
 def _relative(path: Path, target: Path) -> str:
-    """Return a path from the target's directory; "" where only the root is common: it would tell about the machine."""
+    """Return a path from the target's directory; "" where only the root is common: it would tell about the machine.
+
+    What lies in another store than the target has its name there.
+    """
+    far, near = placeholders.destination(path), placeholders.destination(target)
+    if (far and far[0]) != (near and near[0]):
+        return "" if far is None else far[0].url(far[1])
     there, folder = path.resolve(), target.resolve().parent
     if os.path.commonpath([there, folder]) == os.path.sep:
         return ""

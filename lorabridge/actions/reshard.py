@@ -24,6 +24,7 @@ from ..distributed.ranksink import RanksSink
 from ..distributed.strategy import folded, read_strategy, write_strategy
 from ..errors import MappingError, OutputError, UsageError, counted
 from ..files.fsio import require_space
+from ..files.placeholders import output_path
 from ..files.uploading import staged
 from ..formats.shardsink import split
 from ..formats.untrusted import shown
@@ -100,7 +101,7 @@ def reshard(
         options.engine.check()
         planned, stages, whole = _plan(given, options)
         if not options.dry_run:
-            _write(given, Path(target), planned, stages, options, progress)
+            _write(given, Path(output_path(target)), planned, stages, options, progress)
         devices = next((layout.devices for layouts in stages.values() for layout in layouts.values()), options.dcp or 0)
         notes = given.source.arrangement.notes if isinstance(given.source, Assembled) else ()
         return ReshardReport(

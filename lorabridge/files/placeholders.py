@@ -208,6 +208,12 @@ def destination(path: Path) -> tuple[Store, str] | None:
     return None
 
 
+def looked_at(location: Path | str) -> Path:
+    """Return a location as :func:`input_path` does, also where it is already a path among the placeholders."""
+    place = destination(Path(location))
+    return input_path(location if place is None else place[0].url(place[1]))
+
+
 def spoken(text: str) -> str:
     """Return a text in which placeholders have the names that users know."""
     for base, protocol in _PLACED.bases.items():

@@ -159,6 +159,37 @@ def test_merging_in_the_store_is_merging_on_disk(
     assert tensors(tmp_path / "again.safetensors") == tensors(tmp_path / "merged.safetensors")
 
 
+def test_a_merge_is_verified_from_its_record_wherever_its_files_lie(
+    model: torch.nn.Module, send: Send, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base.safetensors"
+    save_file({name: value.numpy() for name, value in model.state_dict().items()}, base)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)).save_pretrained(
+        str(tmp_path / "adapter")
+    )
+    far, adapter = send(base, "base.safetensors"), send(tmp_path / "adapter", "adapters/one")
+    for target in (f"s3://{bucket}/merged.safetensors", str(tmp_path / "merged.safetensors")):
+        assert run(["merge", far, adapter, target, "--undo", f"{target}.undo"]) == 0
+        placeholders._PLACED = placeholders._Placed()  # another process
+        assert run(["verify", far, target]) == 0
+        assert f"{adapter} merged into it again" in capsys.readouterr().out
+        back = f"{target}.back.safetensors"
+        assert run(["unmerge", target, back, "--adapter", adapter, "--undo", f"{target}.undo"]) == 0
+        assert run(["diff", str(base), back]) == 0
+    assert b"lorabridge-remote" not in (tmp_path / "merged.safetensors").read_bytes()
+
+
+def test_ranks_are_cut_into_the_store_and_put_together_again(
+    model: torch.nn.Module, send: Send, s3: S3FileSystem, bucket: str, tmp_path: Path
+) -> None:
+    base = tmp_path / "base.safetensors"
+    save_file({name: value.numpy() for name, value in model.state_dict().items() if value.ndim == 2}, base)
+    assert run(["reshard", str(base), f"s3://{bucket}/ranks", "--opt-shard", "2"]) == 0
+    assert f"{bucket}/ranks/rank_1/checkpoint.safetensors" in s3.find(f"{bucket}/ranks")
+    assert run(["reassemble", f"s3://{bucket}/ranks", f"s3://{bucket}/whole.safetensors"]) == 0
+    assert tensors(placeholders.input_path(f"s3://{bucket}/whole.safetensors")) == tensors(base)
+
+
 def test_ranks_in_the_store_are_reassembled_as_on_disk(send: Send, tmp_path: Path) -> None:
     ranks = RANKS / "dcp_peft_fsdp2"
     reassemble(ranks, tmp_path / "local.safetensors", lorabridge.ConvertOptions())
