@@ -49,7 +49,7 @@ def _run(args: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except BaseException as raised:
-        error = explain(raised)
+        error = explain(raised, command_of(args))
         _tell(error, args, raised)
         return error.exit_code
     return code
@@ -67,12 +67,12 @@ def _invoke(args: Sequence[str]) -> int:
     return 0
 
 
-def explain(raised: BaseException) -> errors.LorabridgeError:
-    """Turn whatever ended a run into an error with a problem, a place, a hint and an exit code."""
+def explain(raised: BaseException, command: str = "") -> errors.LorabridgeError:
+    """Turn whatever ended a run of a command into an error with a problem, a place, a hint and an exit code."""
     if isinstance(raised, errors.LorabridgeError):
         return raised
     if isinstance(raised, click.ClickException):
-        return _usage(raised)
+        return _usage(raised, command)
     if isinstance(raised, KeyboardInterrupt | click.Abort):
         return _stopped("interrupted", 128 + signal.SIGINT)
     if isinstance(raised, Terminated):
@@ -90,9 +90,9 @@ def explain(raised: BaseException) -> errors.LorabridgeError:
     )
 
 
-def _usage(raised: click.ClickException) -> errors.LorabridgeError:
+def _usage(raised: click.ClickException, command: str) -> errors.LorabridgeError:
     context = getattr(raised, "ctx", None)
-    path = context.command_path if context is not None else "lorabridge"
+    path = context.command_path if context is not None else f"lorabridge {command}".rstrip()
     problem, _, advice = raised.format_message().strip().partition(" Did you mean ")
     hint = f"`{path} --help` lists what it takes"
     if advice:

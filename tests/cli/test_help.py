@@ -178,6 +178,8 @@ def test_the_checkout_script_is_the_same_program() -> None:
         (["convert", "--alhpa", "16", "a", "b"], "--alpha"),
         (["convert", "--to", "pefft", "a", "b"], "did you mean peft?"),
         (["convert", "--on-overflow", "infinite", "a", "b"], "'error', 'saturate', 'inf'"),
+        (["tables", "list", "--framewo"], "`lorabridge tables list --help`"),
+        (["reshard", "a", "b", "--dcp"], "`lorabridge reshard --help`"),
     ],
 )
 def test_a_misspelt_word_gets_advice(args: list[str], advice: str, invoke: Invoke) -> None:
