@@ -259,12 +259,14 @@ class Files:
 
     ``open_file``: opens one of them, where that is not what the container's own reader does.
 
-    ``specs`` are read from every header when it is made, so that a file that is damaged is found at once.
+    ``specs`` are read from every header when it is made, so that a file that is damaged is found at once. With a list
+    for what is wrong with them, damaged files are left out of ``held``.
     """
 
     def __init__(
-        self, path: Path, format: str, files: Mapping[str, Path], open_file: Callable[[Path], Source] | None = None
-    ) -> None:
+        self, path: Path, format: str, files: Mapping[str, Path], open_file: Callable[[Path], Source] | None = None,
+        *, damaged: list[InputError] | None = None,
+    ) -> None:  # fmt: skip
         self.path = path
         self.format = format
         self.files = frozenset(files.values())
@@ -275,8 +277,15 @@ class Files:
         """The metadata of each file."""
         try:
             for file in files:
-                with self._shards.use(file) as shard:
-                    self.held[file], self.stated[file] = shard.specs, shard.metadata
+                try:
+                    with self._shards.use(file) as shard:
+                        self.held[file], self.stated[file] = shard.specs, shard.metadata
+                except InputError as error:
+                    if damaged is None:
+                        raise
+                    damaged.append(error)
+            if files and not self.held:
+                raise InputError("no file can be read", where=[shown(str(path))], hint="take them from the run again")
         except BaseException:
             self._shards.close()
             raise

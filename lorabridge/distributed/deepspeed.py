@@ -23,10 +23,12 @@ from .assembled import Arrangement, Assembled, Copy, Files, Placed
 from .grid import Box, assemble_boxes
 from .parallel import module_axis
 from .partitions import HINT, Extras, Partitions, Said, missing, open_states, read_said
-from .placing import Broken, Findings, settle
+from .placing import Broken, Findings, damaged, settle
 from .tensorrules import NO_RULE, Block, Blocks, along, gated, halves, named_axis, whole
 from .zerofiles import Listed, Shape, listed_files, rank_name
 
+MAX_ABSENT = 4096
+"""Missing files with which a checkpoint is still described."""
 _TIED = re.compile(r"tied_modules\.[^.]+\.(.+)")
 _CURE = (
     "train with AutoTP of deepspeed 0.19 or later, which notes how it cut, or give the network's own "
@@ -50,9 +52,10 @@ def open_zero(path: Path, *, findings: Findings | None = None) -> Assembled:
     absent = shape.absent(listed)
     if absent:
         error = InputError("states of ranks are missing or too many", where=absent, hint=_missing_hint(listed, shape))
-        settle(error, findings)
+        settle(error, findings if len(absent) <= MAX_ABSENT else None)
     extras: dict[str, Extras] = {}
-    pieces = Files(path, "torch", listed.files(), lambda file: open_states(file, extras))
+    pieces = Files(path, "torch", listed.files(), lambda file: open_states(file, extras), damaged=damaged(findings))
+    listed.leave_out(pieces.held)
     try:
         work = _DeepSpeed(pieces, listed, said, shape, extras, findings)
         placed = work.place()

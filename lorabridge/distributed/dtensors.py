@@ -24,7 +24,7 @@ from ..formats.untrusted import shown
 from .assembled import Arrangement, Assembled, Copy, Files, Placed, same_bits
 from .grid import Box
 from .layout import Layout
-from .placing import Broken, Findings, Held, grouped, place_boxes, place_whole, settle
+from .placing import Broken, Findings, Held, damaged, grouped, place_boxes, place_whole, settle
 
 _FILE = re.compile(r"model_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
 _HINT = "take the whole directory, with the files of every rank"
@@ -85,7 +85,9 @@ def open_dtensors(path: Path, *, findings: Findings | None = None) -> Assembled:
             hint="leave the files of one run in it",
         )  # fmt: skip
     said_of: dict[str, dict[str, _Local]] = {}
-    pieces = Files(path, "torch", {f.name: f for f in files.values()}, lambda file: _open_rank(file, said_of))
+    named = {file.name: file for file in files.values()}
+    pieces = Files(path, "torch", named, lambda file: _open_rank(file, said_of), damaged=damaged(findings))
+    files = {rank: file for rank, file in files.items() if file.name in pieces.held}
     try:
         return Assembled(path, pieces, _arrange(path, files, max(worlds), pieces, said_of, findings))
     except BaseException:

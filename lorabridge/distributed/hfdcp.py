@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..formats.untrusted import parse_json, shown
 from .assembled import Arrangement, Assembled, Copy, Files, Placed
-from .placing import Broken, Findings, Held, grouped, place_boxes, settle
+from .placing import Broken, Findings, Held, damaged, grouped, place_boxes, settle
 
 INFO = "DCP_SHARDING_INFO"
 _FILE = re.compile(r"shard-(\d{1,7})-model-(\d{1,7})-of-(\d{1,7})\.safetensors")
@@ -38,9 +38,11 @@ def open_sharded(path: Path, *, findings: Findings | None = None) -> Assembled:
     where their parts belong.
     """
     files = sharded_files(path)
-    pieces = Files(path, "safetensors", {file.name: file for held in files.values() for file in held})
+    named = {file.name: file for held in files.values() for file in held}
+    pieces = Files(path, "safetensors", named, damaged=damaged(findings))
     try:
         problems = _absent(files)
+        files = {number: [file for file in held if file.name in pieces.held] for number, held in files.items()}
         held = _parts(files, pieces, problems)
         placed: dict[str, Placed] = {}
         for name, boxes in held.items():

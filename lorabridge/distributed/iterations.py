@@ -21,7 +21,7 @@ from ..formats.untrusted import MAX_HEADER, parse_json, read_small, read_word, s
 from .assembled import Arrangement, Assembled, Copy, Files, Placed
 from .grid import Box
 from .layout import Layout, assemble
-from .placing import Broken, Findings, grouped, settle, unfit_files
+from .placing import Broken, Findings, damaged, grouped, settle, unfit_files
 
 METADATA = "metadata.json"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -93,7 +93,8 @@ def open_iteration(path: Path, *, findings: Findings | None = None) -> Assembled
         where = [f"{shown(str(path / name))}: {why}" for name, why in absent.items()]
         said = f"{counted(len(absent), 'file')} of the iteration cannot be read"
         settle(InputError(said, where=where, hint=_HINT), findings)
-    pieces = Files(path, "safetensors", {name: path / name for name in names if name not in absent})
+    there = {name: path / name for name in names if name not in absent}
+    pieces = Files(path, "safetensors", there, damaged=damaged(findings))
     try:
         placed, problems = {}, []
         for name, about in described.items():

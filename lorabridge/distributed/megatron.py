@@ -23,7 +23,7 @@ from ..formats.torchzip import TorchSource, open_tree
 from ..formats.untrusted import MAX_TENSORS, read_word, shown
 from .assembled import Arrangement, Assembled, Copy, Files, Placed
 from .grid import Box
-from .placing import Broken, Findings, grouped, place_whole, settle
+from .placing import Broken, Findings, damaged, grouped, place_whole, settle
 from .tensorrules import gated, named_axis
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -96,13 +96,13 @@ def open_megatron(path: Path, *, findings: Findings | None = None) -> Assembled:
     said: dict[str, _Held] = {}
     found = {f"{folder.name}/{file.name}": file for folder in sorted(path.glob("mp_rank_*"))
              if _RANK.fullmatch(folder.name) and (file := _file(folder)) is not None}  # fmt: skip
-    pieces = Files(path, "torch", found, lambda file: _open_rank(file, said))
+    pieces = Files(path, "torch", found, lambda file: _open_rank(file, said), damaged=damaged(findings))
     try:
         sizes = _sizes(said.values())
-        places = {_place(file.partition("/")[0], sizes): file for file in found}
+        places = {_place(file.partition("/")[0], sizes): file for file in found if file in pieces.held}
         work = _Megatron(path, pieces, dict(sorted(places.items())), sizes, findings)
         placed = work.place()
-        skipped = next(iter(said.values())).skipped
+        skipped = next((held.skipped for held in said.values()), ())
         sizes_ = zip(("TP", "PP", "EP"), work.shape, strict=True)
         name = " ".join(["megatron", *(f"{letters}{size}" for letters, size in sizes_ if size > 1)])
         left = (("optimizer and random states", "training state"), *skipped)

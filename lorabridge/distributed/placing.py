@@ -47,6 +47,11 @@ class Findings:
     broken: dict[str, Broken] = field(default_factory=dict)
 
 
+def damaged(findings: Findings | None) -> list[InputError] | None:
+    """Return where to note files that cannot be read, None where they are errors; see :class:`.assembled.Files`."""
+    return None if findings is None else findings.errors
+
+
 def settle(error: InputError, findings: Findings | None) -> None:
     """Raise an error, or note it where the directory is to be described all the same."""
     if findings is None:

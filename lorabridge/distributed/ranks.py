@@ -10,6 +10,7 @@ rank (it passes on rank 0's slice), names may hold a minus sign, and the last st
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from .assembled import Arrangement, Assembled, Copy, Files, Placed
 from .embeddings import Holes, place_embedding
 from .grid import Box
 from .layout import Layout, assemble
-from .placing import Broken, Findings, grouped, place_whole, settle
+from .placing import Broken, Findings, damaged, grouped, place_whole, settle
 from .strategy import Strategy, fitted, read_strategy
 
 _RANK = re.compile(r"rank_(\d{1,7})")
@@ -51,10 +52,12 @@ def open_ranks(
     except InputError as error:
         settle(error, findings)
         strategy = None
-    format = _one_format(list(files.values()))
-    pieces = Files(path, format, {f"rank_{rank}/{file.name}": file for rank, file in files.items()})
+    format = _one_format(list(files.values()), findings)
+    names = {f"rank_{rank}/{file.name}": file for rank, file in files.items()}
+    pieces = Files(path, format, names, damaged=damaged(findings))
     try:
         ranks = {rank: f"rank_{rank}/{file.name}" for rank, file in files.items()}
+        ranks = {rank: name for rank, name in ranks.items() if name in pieces.held}
         arrangement = _Arranging(pieces, ranks, strategy, findings).arrange()
         return Assembled(path, pieces, arrangement)
     except BaseException:
@@ -105,16 +108,19 @@ def _numbers(step: str) -> tuple[int, ...]:
     return tuple(int(part) for part in step.split("_"))
 
 
-def _one_format(files: Sequence[Path]) -> str:
+def _one_format(files: Sequence[Path], findings: Findings | None) -> str:
     kinds = {file: identify(file) for file in files}
-    formats = {kind.format for kind in kinds.values()}
-    format = formats.pop()
-    if formats or format is None or format == "sharded":
-        raise InputError(
+    counts = Counter(kind.format for kind in kinds.values() if kind.format not in (None, "sharded"))
+    format = counts.most_common(1)[0][0] if counts else None
+    if format is None or counts[format] < len(files):
+        error = InputError(
             "the ranks' files are not checkpoints of one container",
             where=[f"{shown(str(file))}: {kind.title}" for file, kind in kinds.items()],
             hint="repair or remove what is no checkpoint",
         )
+        if format is None:
+            raise error
+        settle(error, findings)
     return format
 
 

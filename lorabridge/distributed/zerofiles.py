@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
 from ..formats.untrusted import shown
-from .partitions import Said
+from .partitions import HINT, Said
+
+MAX_RANKS = 1 << 20
+"""Ranks of a run."""
 
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d{1,6})_mp_rank_(\d{2,6})_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{2,6})_model_states\.pt")
@@ -51,6 +55,13 @@ class Listed:
         """Return every file by its name."""
         groups = (self.models, self.optimizers, self.layers)
         return {file.name: file for group in groups for held in group.values() for file in held.values()}
+
+    def leave_out(self, readable: Container[str]) -> None:
+        """Leave out optimizer states and layers that cannot be read."""
+        for group in (self.optimizers, self.layers):
+            for held in group.values():
+                for key in [key for key, file in held.items() if file.name not in readable]:
+                    del held[key]
 
 
 def listed_files(path: Path) -> Listed:
@@ -95,8 +106,11 @@ class Shape:
         tensor = said.tensor
         if not tensor:
             tensor = max((1 + max(held) for held in listed.layers.values()), default=count)
-        stages = said.stages or max(1, count // tensor)
-        return Shape(stages, tensor, said.ranks)
+        found = Shape(said.stages or max(1, count // tensor), tensor, said.ranks)
+        if found.model * found.data > MAX_RANKS:
+            told = f"{found.stages} stages of {tensor} tensor ranks with {found.data} data-parallel ranks each"
+            raise InputError("the model states tell of more ranks than runs have", where=told, hint=HINT)
+        return found
 
     def absent(self, listed: Listed) -> list[str]:
         """Name the files that a run of this shape has and that are not there, or that are there and it has not."""

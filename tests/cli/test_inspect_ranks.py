@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from lorabridge.actions.inspect import inspect
 from lorabridge.actions.inspect_ranks import RanksReport, spans
 from lorabridge.actions.inspect_report import InspectReport
+from lorabridge.errors import InputError
 
 DATA = Path(__file__).parents[1] / "distributed" / "data"
 RANKS = DATA / "ranks" / "tp4pp2_opt2"
@@ -196,3 +197,40 @@ def test_names_from_files_do_not_become_markup(tmp_path: Path, invoke: Invoke) -
 def test_ranks_are_spelled_as_spans() -> None:
     assert spans([5, 0, 1, 2, 9, 2]) == "0-2, 5, 9"
     assert spans([]) == ""
+
+
+def test_a_damaged_file_is_a_problem_and_its_slices_are_holes(ranks: Path) -> None:
+    file = next((ranks / "rank_4").iterdir())
+    file.write_bytes(file.read_bytes()[:-8])
+    report = inspect(ranks, strategies=(STRATEGY,), slices="n.b0.up.w")
+    (tensor,) = laid(report).shown
+    assert [row.ranks for row in tensor.slices if row.missing] == [(4,)]
+    assert any("rank_4" in line for problem in report.problems for line in problem.where)
+    file.write_bytes(b"no checkpoint")
+    report = inspect(ranks, strategies=(STRATEGY,), slices="n.b0.up.w")
+    assert [row.ranks for row in laid(report).shown[0].slices if row.missing] == [(4,)]
+
+
+@pytest.mark.parametrize(
+    ("run", "file"),
+    [
+        ("deepspeed_zero3_lora", "global_step1/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+        ("torch_ranks/fsdp", "model_world_size_4_rank_1.pt"),
+        ("megatron/dense/legacy", "iter_0000003/mp_rank_01_001/model_optim_rng.pt"),
+    ],
+)
+def test_a_damaged_file_of_torch_leaves_the_rest_described(run: str, file: str, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(DATA / run, tmp_path / "run"))
+    (copy / file).write_bytes((copy / file).read_bytes()[:-200])
+    report = inspect(copy)
+    assert any(row.missing for row in laid(report).layouts)
+    assert any(Path(file).name in line for problem in report.problems for line in problem.where)
+
+
+def test_damaged_files_alone_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "rank_0").mkdir()
+    save_file({"w": np.ones(64, np.float32)}, tmp_path / "rank_0" / "net.safetensors")
+    file = tmp_path / "rank_0" / "net.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(InputError):
+        inspect(tmp_path)

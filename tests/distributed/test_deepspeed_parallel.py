@@ -201,6 +201,15 @@ def test_without_optimizer_states_the_model_states_are_read(tmp_path: Path) -> N
     assert source.arrangement.notes == ("no optimizer states are there; the weights are those of the model states",)
 
 
+@pytest.mark.parametrize("said", [{"dp_world_size": 1 << 19}, {"mp_world_size": 60000, "dp_world_size": 60000}])
+def test_endless_ranks_that_a_file_tells_of_are_refused(said: dict[str, int], tmp_path: Path) -> None:
+    zero2(tmp_path / "run", [[0, 0], [0]], module={})
+    file = tmp_path / "run" / "mp_rank_00_model_states.pt"
+    torch.save(torch.load(file) | said, file)
+    with pytest.raises(InputError):
+        inspect(tmp_path / "run")
+
+
 def test_experts_in_files_of_their_own_are_refused(tmp_path: Path) -> None:
     zero2(tmp_path / "run", [[0, 0], [0]], module={})
     torch.save({}, tmp_path / "run" / "layer_0_expert_3_mp_rank_00_model_states.pt")
