@@ -159,6 +159,12 @@ def _forward_job(given: Input, choice: Choice, options: ConvertOptions) -> Job:
         notes.append(
             "module paths are unchanged; --family gives another project's names (lorabridge inspect names tables)"
         )
+    if (
+        choice.goal.name == "peft"
+        and choice.output.directory
+        and not (made.config or {}).get("base_model_name_or_path")
+    ):
+        notes.append("adapter_config.json names no base model: fill in base_model_name_or_path before you publish it")
     return Job(
         choice=choice,
         plan=planned,
