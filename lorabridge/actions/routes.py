@@ -66,10 +66,11 @@ def route(first: Side, second: Side, others: Sequence[Side], kept: Manifest | No
     if len({one.names for one in everyone}) == 1:
         return Route()
     layout = dict(told.layout)
-    if kept is not None and told.family in (None, kept.options.get("family")):
-        layout = {**kept.layout, **layout}  # choices that are told outrank those of the conversion
+    named, choices = (None, {}) if kept is None else kept.named
+    if told.family in (None, named):
+        layout = {**choices, **layout}  # choices that are told outrank those of the manifest
     config = next((one.given.model_config for one in everyone if one.given.model_config is not None), None)
-    family = told.family or (kept.options.get("family") if kept is not None else None)
+    family = told.family or named
     if family is not None:
         return named_route(Told(family, layout, told.mappings), config)
     if first.names == second.names or _agree(first, second):

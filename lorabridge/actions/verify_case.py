@@ -50,7 +50,7 @@ class Case:
             )
         if self.route.table is not None and not self.route.table.identity:
             lines.append(f"names of the two files meet in the table {self.route.family}")
-        elif first.names != second.names:
+        elif first.names != second.names and self.record is None:
             lines.append("modules are compared under equal names")
         if self.base is not None:
             lines.append(f"base weights: {self.base.given.path}")
@@ -92,8 +92,15 @@ def decide(source: Side, target: Side, base: Side | None, options: VerifyOptions
             raise UsageError("--base is an adapter", where=str(base.given.path), hint="give the model without adapter")
         first, second = (source, target) if source.is_adapter else (target, source)
     others = [base] if base is not None else []
-    chosen = route(_named_otherwise(first, second, base, relation), second, others, kept, options.told)
+    chosen = route(_named_otherwise(first, second, base, relation), second, others, _naming(kept, second, first, base),
+                   options.told)  # fmt: skip
     return Case(relation, first, second, base, kept, chosen, tuple(dict.fromkeys(warnings)))
+
+
+def _naming(kept: Manifest | None, *sides: Side | None) -> Manifest | None:
+    """Return the manifest that names a table: that of the conversion between the files, else that of one of them."""
+    known = [kept, *(side.kept for side in sides if side is not None)]
+    return next((one for one in known if one is not None and one.named[0] not in (None, "identity")), kept)
 
 
 def _named_otherwise(first: Side, second: Side, base: Side | None, relation: Relation) -> Side:

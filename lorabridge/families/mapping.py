@@ -48,7 +48,13 @@ def map_adapter(
         return adapter
     source = other_side(to)
     shapes = {module.path: () for module in adapter.modules} | {e.name: e.value.shape for e in adapter.extras}
-    variant = resolve(table, shapes, side=source, layout=layout or {})
+    try:
+        variant = resolve(table, shapes, side=source, layout=layout or {})
+    except UsageError as error:
+        if sizes is None and any(_needs_sizes(rule) for rule in table.rules) and error.hint:
+            hint = f"{error.hint}; row layouts also need the model's sizes: --config config.json"
+            raise UsageError(error.problem, where=error.where, hint=hint) from error
+        raise
     work = Work.of(table, source, to, variant, sizes)
     modules = _map_modules(work, adapter.modules)
     extras, left = map_extras(work, adapter.extras)
@@ -56,6 +62,10 @@ def map_adapter(
     modules.sort(key=lambda module: natural_key(module.path))
     extras.sort(key=lambda extra: natural_key(extra.name))
     return replace(adapter, modules=tuple(modules), extras=tuple(extras), left_out=(*adapter.left_out, *left))
+
+
+def _needs_sizes(rule: Rule) -> bool:
+    return any(face.groups.fields for side in (rule.hf, rule.ms) for face in side.faces)
 
 
 def _map_modules(work: Work, modules: Iterable[LoraModule]) -> list[LoraModule]:
