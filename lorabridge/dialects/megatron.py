@@ -3,8 +3,9 @@
 P is one of Megatron's layers (``decoder.layers.N.self_attention.linear_qkv``), whose fused rows a table such as
 ``llama_megatron`` takes apart; DoRA adds ``P.adapter.weight_magnitude[out]``; the frozen weight of a wrapped layer is
 ``P.to_wrap.weight``. CanonicalLoRA has ``P.adapter.adapter_q.linear_in.weight`` and so on, read and written as modules
-``P.adapter_q`` with ``--layout lora=canonical``. NeMo 1's ``adapter_layer.lora_kqv_adapter`` and its kin are read. Rank
-(``dim``) and ``alpha`` are in the run's yaml, one for all. Tensor-parallel shards have to be put together first.
+``P.adapter_q`` with ``--layout lora=canonical``. NeMo 1's ``adapter_layer.lora_kqv_adapter`` and its kin are read.
+Experts are those of SequentialMLP, ``experts.local_experts.N``; see ``qwen3_moe_megatron``. Rank (``dim``) and ``alpha`` are in
+the run's yaml, one for all. Tensor-parallel shards have to be put together first.
 Sources: megatron-bridge 0.3.1, peft/lora.py, canonical_lora.py, utils.py; for NeMo 1.x its published names.
 """
 
@@ -34,6 +35,10 @@ IN_NEMO_1 = {
 }  # fmt: skip
 _PREFIX = re.compile(r"(?:(?:module|model)\.)+")
 _ADAPTER = re.compile(r"(.+)\.adapter\.(?:(adapter_[a-z0-9]+)\.)?(linear_(?:in|out)\.weight|weight_magnitude)")
+_GROUPED = re.compile(
+    r"\.mlp\.experts\.linear_fc[12]\.(?:adapter_[a-z0-9]+\.)?(linear_(in|out)\.weight|weight_magnitude)$"
+)
+"""Experts that one grouped layer holds (TEGroupedMLP); those of SequentialMLP are ``local_experts.N``."""
 _NEMO_1 = re.compile(r"(.+)\.adapter_layer\.([a-z0-9_]+)\.(linear_(?:in|out)\.weight)")
 
 
@@ -95,6 +100,12 @@ def _renamed(content: Content) -> dict[str, TensorSpec]:
                 problems.add(f"{match[2]} is no adapter of LoRA that is known", name, MERGE)
                 continue
             bare = f"{match[1]}.{layer}.{match[3]}"
+        if _GROUPED.search(bare):
+            problems.add(
+                "one pair for all the experts that a rank holds, where others have one for each",
+                name,
+                "let Megatron-Bridge export it for transformers (AutoBridge.export_adapter_weights), expert by expert",
+            )
         bare = bare.replace(".to_wrap.", ".")
         names.setdefault(bare, []).append(name)
         specs[bare] = spec
