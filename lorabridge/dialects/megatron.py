@@ -4,8 +4,8 @@ P is one of Megatron's layers (``decoder.layers.N.self_attention.linear_qkv``), 
 ``llama_megatron`` takes apart; DoRA adds ``P.adapter.weight_magnitude[out]``; the frozen weight of a wrapped layer is
 ``P.to_wrap.weight``. CanonicalLoRA has ``P.adapter.adapter_q.linear_in.weight`` and so on, read and written as modules
 ``P.adapter_q`` with ``--layout lora=canonical``. NeMo 1's ``adapter_layer.lora_kqv_adapter`` and its kin are read.
-Experts are those of SequentialMLP, ``experts.local_experts.N``; see ``qwen3_moe_megatron``. Rank (``dim``) and ``alpha`` are in
-the run's yaml, one for all. Tensor-parallel shards have to be put together first.
+Experts are those of SequentialMLP, ``experts.local_experts.N``; see ``qwen3_moe_megatron``. Rank (``dim``) and
+``alpha`` are in the run's yaml, one for all. Tensor-parallel shards have to be put together first.
 Sources: megatron-bridge 0.3.1, peft/lora.py, canonical_lora.py, utils.py; for NeMo 1.x its published names.
 """
 
