@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .. import formats
@@ -16,9 +16,10 @@ from ..conversion.repository import Framework, Input, files_of, plan_output, run
 from ..conversion.shares import InputOpener
 from ..distributed.assembled import Assembled
 from ..errors import OutputError, UsageError
-from ..files.fsio import require_space
+from ..files.fsio import Staging, require_space
 from ..files.uploading import staged
-from ..tensors import Source
+from ..formats.shardsink import ShardedSink
+from ..tensors import Sink, Source
 from .convert_report import ConvertReport
 
 Progress = Callable[[int, int], None]
@@ -83,13 +84,23 @@ def write_whole(
             )  # fmt: skip
             opener = InputOpener.of(given.path, options.strategies, options.step)
             engines.run(
-                planned, given.source, sink, engine=options.engine, arithmetic=Numeric(),
+                _left(planned, sink, staging), given.source, sink, engine=options.engine, arithmetic=Numeric(),
                 work=Work(opener, staging.path, output.format),
                 metadata={"format": "ms" if framework == "mindspore" else "pt"},
                 workers=options.workers, progress=progress,
             )  # fmt: skip
             staging.commit()
     return _report(given, str(output.target), output.format, framework, planned, options, time.perf_counter() - started)
+
+
+def _left(planned: plan.Plan, sink: Sink, staging: Staging) -> plan.Plan:
+    """Return what is to be written yet: all, or what a killed run's finished shards do not hold."""
+    if not isinstance(sink, ShardedSink):
+        return planned
+    done = sink.resume(planned.specs, staging.finished)
+    specs = tuple(spec for spec in planned.specs if spec.name not in done)
+    steps = tuple(step for step in planned.steps if any(name not in done for name, _ in step.writes))
+    return replace(planned, specs=specs, steps=steps)
 
 
 def _report(

@@ -84,17 +84,37 @@ class ShardedSink:
         self._parts: list[_Part] = []
         self._homes: dict[str, _Part] = {}
         self._lock = threading.Lock()
+        self._whole: Sequence[TensorSpec] | None = None
+        self._kept: frozenset[str] = frozenset()
+
+    def resume(self, specs: Sequence[TensorSpec], finished: Callable[[str], bool]) -> frozenset[str]:
+        """Take a set up that a killed run began: shards of which ``finished`` says so stay as they are.
+
+        ``specs``: all tensors of the set; returns the names of those that are written already. ``begin`` is then given
+        the others, and nothing else may be written.
+        """
+        self._whole = specs
+        named = self._named(specs)
+        self._kept = frozenset(filename for filename, _ in named if finished(filename))
+        return frozenset(spec.name for filename, part in named if filename in self._kept for spec in part)
+
+    def _named(self, specs: Sequence[TensorSpec]) -> list[tuple[str, Sequence[TensorSpec]]]:
+        """Return the shards of a set: file name and tensors."""
+        cut = split(specs, self._max_shard_size)
+        stem, suffix = os.path.splitext(self._filename)
+        return [
+            (f"{stem}-{number:05d}-of-{len(cut):05d}{suffix}" if len(cut) > 1 else self._filename, part)
+            for number, part in enumerate(cut, 1)
+        ]
 
     def begin(self, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
         """Cut the set and check every shard's layout; a MappingError names a tensor that cannot be held."""
-        cut = split(specs, self._max_shard_size)
-        stem, suffix = os.path.splitext(self._filename)
-        for number, part in enumerate(cut, 1):
-            filename = f"{stem}-{number:05d}-of-{len(cut):05d}{suffix}" if len(cut) > 1 else self._filename
+        for number, (filename, part) in enumerate(self._named(specs if self._whole is None else self._whole), 1):
             pairs = dict(metadata) if number == 1 else {k: v for k, v in metadata.items() if k == "format"}
             check = self._module.make_sink(lambda _: cast("OutFile", _Nowhere()), filename, **self._options)
             check.begin(part, pairs)
             self._parts.append(_Part(filename, part, pairs))
+            self._parts[-1].finished = filename in self._kept
         self._homes = {spec.name: part for part in self._parts for spec in part.specs}
 
     def write(self, name: str, offset: int, block: Bits) -> None:
