@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .. import formats
-from ..dialects import flattened, peft_tuners
+from ..dialects import flattened, originals, peft_tuners
 from ..dialects.adapter import Fact, Facts
 from ..errors import InputError
 from ..tensors import Source, TensorSpec
@@ -69,6 +69,7 @@ def modules(facts: Facts, specs: Mapping[str, TensorSpec]) -> Facts:
         weights = _weights(Path(base))
         return Facts(tuple(Fact(path, "module", [path, *weights[path]]) for path in tuned if path in weights))
     names = dict.fromkeys(name.partition(".")[0] for name in specs if flattened.prefix_of(name))
+    names |= dict.fromkeys(originals.dotted_modules(specs))
     found = flattened.resolve_in(names, base_modules(Path(base)), base)
     return Facts(tuple(Fact(name, "module", [path, *shape]) for name, (path, shape) in found.items()))
 

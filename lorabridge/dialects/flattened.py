@@ -206,6 +206,8 @@ def resolve_in(
             for prefix in COMPONENTS.get(component, ("lycoris_", "lora_unet_")):
                 whole = f"{component}.{path}" if component else path
                 known.setdefault(prefix + flatten(path), []).append((whole, shape))
+                if prefix in DOTTED:
+                    known.setdefault(DOTTED[prefix] + path, []).append((whole, shape))
     names = list(names)
     lost, twice = [name for name in names if name not in known], [n for n in names if len(known.get(n, ())) > 1]
     if lost:

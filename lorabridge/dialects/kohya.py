@@ -113,14 +113,14 @@ def _places(groups: Mapping[str, Mapping[str, TensorSpec]], content: Content) ->
         lost = [name for name in groups if name not in known]
         if lost:
             raise MappingError("names without a module", where=lost, hint="give the base model with --names-of")
-        return {name: _stated(known[name]) for name in groups}
+        return {name: stated(known[name]) for name in groups}
     only = content.facts.get("*", "names_of")
     axes = {name: lycoris.axes_of(specs) for name, specs in groups.items()}
     places, _ = flattened.resolve(axes, only if isinstance(only, str) else None, content.path)
     return places
 
 
-def _stated(value: object) -> Place:
+def stated(value: object) -> Place:
     """Read a module as a fact has it: its path, or a list of path and shape of the weight."""
     if isinstance(value, list) and value:
         path, *shape = value

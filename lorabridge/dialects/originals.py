@@ -17,7 +17,7 @@ HunyuanVideo, there without alpha.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,7 +27,7 @@ from ..tensors import TensorSpec
 from . import flattened, kohya_write, lycoris, originals_write
 from .adapter import CARRIED, Adapter, Content, Facts, LoraModule, Written
 from .flattened import Place
-from .kohya import UpdateReader, refuse_twins
+from .kohya import UpdateReader, refuse_twins, stated
 from .pairs import Problems, in_mindspore
 
 COMFY = flattened.DOTTED["lora_unet_"]
@@ -74,15 +74,13 @@ class Originals:
         themselves, and what the dialect ``kohya`` refuses.
         """
         groups, wholes = _groups(content)
-        only = content.facts.get("*", "names_of")
-        axes = {name: _axes(name, specs) for name, specs in groups.items()}
-        places, pipelines = flattened.resolve(axes, only if isinstance(only, str) else None, content.path)
+        places, pipelines = _places(groups, content)
         reader = UpdateReader(content, content.facts.read("value"))
         modules = [_module(reader, name, specs, places[name]) for name, specs in groups.items()]
         reader.problems.raise_any(content.path)
         made = [module for module in modules if module is not None]
         made = kohya_write.split(made, {place.path: place.fused for place in places.values() if place.fused})
-        extras = originals_write.through_extras(wholes, flattened.pipeline_named(pipelines[0]), to="hf")
+        extras = originals_write.through_extras(wholes, pipelines[:1], to="hf")
         alphas = tuple((s.name, CARRIED) for specs in groups.values() for n, s in specs.items() if n == "alpha")
         refuse_twins(made)
         made.sort(key=lambda module: module.path)
@@ -91,6 +89,24 @@ class Originals:
     def write(self, adapter: Adapter, facts: Facts) -> Written:
         """Spell an adapter; see :func:`lorabridge.dialects.originals_write.write`."""
         return originals_write.write(adapter, facts, self.name)
+
+
+def dotted_modules(specs: Iterable[str]) -> list[str]:
+    """Return the modules of a file that ComfyUI's names show, as a base model's files can have them."""
+    split = (_split(name) for name in specs if name.startswith(COMFY))
+    return [module for module, tensor in split if tensor not in ("", "whole")]
+
+
+def _places(
+    groups: Mapping[str, Mapping[str, TensorSpec]], content: Content
+) -> tuple[dict[str, Place], tuple[str, ...]]:
+    """Return what every name stands for, and the pipelines whose it is: as the base's files said, or the tables."""
+    known = content.facts.read("module")
+    if known and all(name in known for name in groups):
+        return {name: stated(known[name]) for name in groups}, ()
+    only = content.facts.get("*", "names_of")
+    axes = {name: _axes(name, specs) for name, specs in groups.items()}
+    return flattened.resolve(axes, only if isinstance(only, str) else None, content.path)
 
 
 def _style(name: str) -> str:

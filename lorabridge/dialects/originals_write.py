@@ -57,24 +57,27 @@ def write(adapter: Adapter, facts: Facts, dialect: str) -> Written:
         notes += said
         plain = False
     tensors = [item for name, module in named for item in _tensors(name, module, dialect, alpha=plain)]
-    extras = through_extras(adapter.extras, spelling.pipeline, to="ms")
+    extras = through_extras(adapter.extras, [spelling.pipeline.name], to="ms")
     tensors += [(extra.name, extra.value) for extra in extras]
     modules = [replace(module, path=name) for name, module in named]
     return Written(tensors, notes=tuple(notes), modules=modules)
 
 
 def through_extras(
-    given: Mapping[str, TensorSpec] | Sequence[Extra], pipeline: flattened.Pipeline, *, to: flattened.SideName
+    given: Mapping[str, TensorSpec] | Sequence[Extra], pipelines: Sequence[str], *, to: flattened.SideName
 ) -> tuple[Extra, ...]:
-    """Carry whole parameters of the pipeline's first network through its table; diffusers' have the component before.
+    """Carry whole parameters of a pipeline's first network through its table; diffusers' have the component before.
 
-    ``given``: extras, or headers by name.
+    ``given``: extras, or headers by name. MappingError where there are any and no pipeline is known.
     """
     from ..families.tables import load_family, map_adapter
 
     if not given:
         return ()
-    part = pipeline.parts[0]
+    if not pipelines:
+        where = [extra.name for extra in given] if not isinstance(given, Mapping) else list(given)
+        raise MappingError("whole norms of no known model", where=where, hint="remove them, or name it with --names-of")
+    part = flattened.pipeline_named(pipelines[0]).parts[0]
     extras = extras_of(given) if isinstance(given, Mapping) else tuple(given)
     bare = tuple(replace(extra, path=extra.path.removeprefix(f"{part.component}.")) for extra in extras)
     made = map_adapter(load_family(part.table), Adapter((), bare), to=to, sizes={}, layout={"hf_prefix": ""}).extras

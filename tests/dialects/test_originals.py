@@ -148,3 +148,13 @@ def test_sd3_s_original_names_go_there_and_back(tmp_path: Path) -> None:
         up, down = (written[f"{name}.{end}"] for end in reversed(made.DOWN_UP))
         before = tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
         assert torch.equal(up @ down * written[f"{name}.alpha"] / down.shape[0], before)
+
+
+def test_names_of_another_model_are_found_in_its_files(tmp_path: Path) -> None:
+    path = "transformer_blocks.0.attn1.to_q"
+    tensors = made.factors({f"{made.COMFY}{path}": (8, 8)}, 2, made.AB, None)
+    assert "not found among the modules" in refusal(tensors, "diffusers", tmp_path)
+    save_file({f"{path}.weight": torch.zeros(8, 8)}, tmp_path / "base.safetensors")
+    options = ConvertOptions(target_dialect="diffusers", facts=said(names_of=str(tmp_path / "base.safetensors")))
+    convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", options)
+    assert set(load_file(tmp_path / "out.safetensors")) == {f"transformer.{path}.lora_{s}.weight" for s in "AB"}
