@@ -143,7 +143,7 @@ class _DeepSpeed:
             place = divmod(rank, self.shape.tensor)
             files = (self.listed.models.get(rank, {}), self.listed.optimizers.get(rank, {}))
             models, optimizers = ({d: f.name for d, f in sorted(held.items())} for held in files)
-            part = Partitions(self.pieces, said, models, optimizers, self.extras)
+            part = Partitions(self.pieces, said, models, optimizers, self.extras, bool(self.listed.optimizers))
             self.stage = max(self.stage, part.stage)
             buffers |= set(said.buffers)
             try:
@@ -223,7 +223,7 @@ class _DeepSpeed:
                 self._fill(block, parts[block.rank], max(stage, 0), boxes, lost)
         assert found is not None
         first = next(expr for copies in boxes.values() for _, expr in copies) if boxes else next(iter(where.values()))
-        filled = {box: tuple(copy for copy, _ in copies) for box, copies in boxes.items()}
+        filled = {box: tuple(copy for copy, _ in boxes[box]) for box in sorted(boxes)}
         if gone := {box: ranks for box, ranks in lost.items() if box not in boxes}:
             ranks = ", ".join(map(str, sorted({rank for absent in gone.values() for rank in absent})))
             said = f"states of model-parallel rank {ranks} that hold parts of it are missing"

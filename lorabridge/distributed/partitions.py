@@ -165,6 +165,8 @@ class Partitions:
     models: Mapping[int, str]
     optimizers: Mapping[int, str]
     extras: Mapping[str, Extras]
+    expected: bool = False
+    """Whether the run has optimizer states, of this rank or others."""
 
     @property
     def stage(self) -> int:
@@ -174,6 +176,9 @@ class Partitions:
 
     def trained(self) -> dict[str, Expr]:
         """Return the fp32 masters; ValueError where partitions do not hold what they should."""
+        if not self.optimizers and self.expected:
+            held = [(name, shape) for group in self.said.shapes for name, shape in group.items()]
+            return {name: reshape(self._stand_in(0, math.prod(shape)), shape) for name, shape in held}
         if not self.optimizers or not self.said.shapes:
             return {}
         return self._each(self._masters()) if self.stage == 3 else self._grouped(self._masters())

@@ -144,6 +144,15 @@ def test_inspect_shows_which_model_parallel_rank_lacks_states(tmp_path: Path) ->
     assert layouts["model.embed_tokens.weight"] == "1 0", "the other tensor rank holds a copy"
 
 
+def test_a_rank_without_any_optimizer_states_is_a_hole_and_not_its_16_bit_weights(tmp_path: Path) -> None:
+    run = Path(shutil.copytree(PARALLEL / "autotp_zero2", tmp_path / "run"))
+    for file in run.glob("*/*mp_rank_01_optim*"):
+        file.unlink()
+    layouts, problems = ranks_of(run)
+    assert layouts["model.layers.1.self_attn.q_proj.weight"] == "2 1"
+    assert not any("element types" in line for line in problems)
+
+
 def test_a_lost_tensor_rank_is_a_hole(tmp_path: Path) -> None:
     run = Path(shutil.copytree(PARALLEL / "autotp_zero2", tmp_path / "run"))
     for file in run.glob("*/*mp_rank_01_*"):
