@@ -21,7 +21,7 @@ def products(node: Compute, args: Sequence[Bits]) -> Iterator[tuple[slice, Numbe
     weight = args[0].reshape(node.shape)
     for k in range(len(scales)):
         where = slice(k * rows, min((k + 1) * rows, node.shape[0]))
-        factors = np.repeat(scales[k], columns)[: node.shape[1]]
+        factors = np.repeat(scales[k], min(columns, node.shape[1]))[: node.shape[1]]
         yield where, values(np.ascontiguousarray(weight[where]), node.args[0].dtype).reshape(-1, len(factors)) * factors
 
 

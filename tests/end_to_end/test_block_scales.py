@@ -83,6 +83,15 @@ def test_products_are_those_of_the_scripts_bit_for_bit(
     assert {row.tensor for row in report.rounding if row.inexact} == rounded
 
 
+def test_blocks_larger_than_the_weight_cost_no_memory(tmp_path: Path) -> None:
+    tensors = model(tmp_path / "in", (10**12, 10**12))
+    convert(tmp_path / "in", tmp_path / "ms.safetensors", ConvertOptions(dequantize=True, family="llama"))
+    name = "model.layers.0.self_attn.k_proj.weight"
+    wanted = (tensors[name].float() * tensors[f"{name}_scale_inv"]).to(torch.bfloat16)
+    made = load_file(tmp_path / "ms.safetensors")["model.layers.0.attention.wk.weight"]
+    assert torch.equal(made.view(torch.uint8), wanted.view(torch.uint8))
+
+
 def test_the_config_of_a_widened_model_says_nothing_of_float8(tmp_path: Path) -> None:
     model(tmp_path / "in")
     options = ConvertOptions(dequantize=True, family="identity", target_dialect="hf")
