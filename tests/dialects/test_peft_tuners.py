@@ -241,7 +241,14 @@ def test_shards_without_elements_are_refused(kind: str, tmp_path: Path) -> None:
         convert(folder, tmp_path / "after", options())
 
 
-def test_a_transposed_layer_keeps_its_delta(tmp_path: Path) -> None:
+TURNED = {
+    "Vera": {"r": 8}, "FourierFT": {"n_frequency": 30}, "RandLora": {"r": 5}, "Gralora": {"r": 4, "gralora_k": 2},
+    "VBLoRA": {"r": 2, "num_vectors": 8, "vector_length": 4}, "Pvera": {"r": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TURNED)
+def test_a_transposed_layer_keeps_its_delta(kind: str, tmp_path: Path) -> None:
     """GPT-2's Conv1D stores ``[in, out]``; peft sets fan_in_fan_out for it."""
     import peft
     from transformers.pytorch_utils import Conv1D
@@ -253,7 +260,8 @@ def test_a_transposed_layer_keeps_its_delta(tmp_path: Path) -> None:
             nn.init.normal_(layer.weight)
         return made
 
-    model = peft.get_peft_model(gpt(), peft.VeraConfig(target_modules=["0", "1"], r=8, fan_in_fan_out=True))
+    config = getattr(peft, f"{kind}Config")(target_modules=["0", "1"], fan_in_fan_out=True, **TURNED[kind])
+    model = peft.get_peft_model(gpt(), config)
     for p in model.parameters():
         if p.requires_grad:
             nn.init.normal_(p)
@@ -268,7 +276,9 @@ def test_a_transposed_layer_keeps_its_delta(tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=2e-6 * scaled(value))
 
 
-@pytest.mark.parametrize("name", ["adalora", "vera two", "loha conv flattened", "lokr conv"])
+@pytest.mark.parametrize(
+    "name", ["adalora", "vera two", "loha conv flattened", "lokr conv", "miss", "gralora", "fourierft"]
+)
 def test_merging_is_what_peft_merges(name: str, tmp_path: Path) -> None:
     from lorabridge import MergeOptions, merge
 
