@@ -50,7 +50,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind("npz", "a numpy .npz archive", "npz"),
         Kind("zip", "a zip archive that is no torch checkpoint", None, _UNPACK),
-        Kind("torch-legacy", "a legacy (not zip) torch pickle", None, _RESAVE),
+        Kind("torch-legacy", "a legacy (not zip) torch checkpoint", "torch"),
         Kind("pickle", "a plain pickle", None, _RESAVE),
         Kind("mindspore-strategy", "a MindSpore parallel strategy file", None, _MERGE),
         Kind("mindspore-strategy-json", "a MindSpore parallel strategy file in JSON", None, _MERGE),

@@ -44,13 +44,20 @@ class Unpickler:
         self._memo: dict[int, object] = {}
         self._made = 0
 
-    def load(self) -> object:
+    @property
+    def at(self) -> int:
+        """How many bytes are read."""
+        return self._at
+
+    def load(self, *, whole: bool = True) -> object:
         """Return the pickled value: stand-ins of ``torchvalues`` and str, int, float, bool, None, bytes, list, tuple.
+
+        ``whole``: nothing may follow it.
 
         Raises PickleError for opcodes and names that are not allowed, for calls with unexpected arguments and for
         malformed data.
         """
-        if len(self._data) > MAX_PICKLE:
+        if whole and len(self._data) > MAX_PICKLE:
             raise PickleError(f"the pickle has {len(self._data)} bytes, more than {MAX_PICKLE}")
         data, operations = self._data, _TABLE
         try:
@@ -63,7 +70,7 @@ class Unpickler:
             value = self._stack.pop()
         except (LookupError, struct.error):
             raise PickleError(f"the pickle ends early or takes what was never put, at byte {self._at}") from None
-        if self._stack or self._below or self._at != len(data):
+        if self._stack or self._below or (whole and self._at != len(data)):
             raise PickleError(f"the pickle leaves something over at byte {self._at}")
         return value
 
@@ -232,7 +239,10 @@ class Unpickler:
 
     def _persistent(self) -> None:
         match self._stack.pop():
-            case ("storage", Global(path), str(key), str(), int(numel)) if is_count(numel):
+            case ("storage", Global(path), str(key), str(), int(numel), *rest) if is_count(numel) and rest in (
+                [],
+                [None],
+            ):
                 if path not in STORAGES:
                     raise PickleError(f"a storage has the type {path}")
                 storage = self.storages.setdefault(key, Storage(key, STORAGES[path], numel))

@@ -1,4 +1,4 @@
-"""Read torch zip checkpoints (.bin, .pt, .pth) without torch and without trusting them.
+"""Read torch checkpoints (.bin, .pt, .pth) without torch and without trusting them: zip archives, and the form before.
 
 A file may be what ``torch.save`` makes of
 
@@ -32,6 +32,7 @@ from ..tensors import Extent, TensorSpec
 from . import marks
 from .sniff import identify, refusal
 from .storedzip import BLOCK, Record, check_crc, read_directory, record_bytes
+from .torchlegacy import is_legacy, read_legacy
 from .torchpickle import MAX_PICKLE, Unpickler
 from .torchsink import make_sink
 from .torchtable import RESAVE, choose, collect
@@ -153,7 +154,7 @@ def open_file(path: Path, *, key: str | None = None) -> TorchSource:
         return _open(file, path, key)
     except BaseException as error:
         file.close()
-        if isinstance(error, InputError) and (found := identify(path)).name != NAME:
+        if isinstance(error, InputError) and (found := identify(path)).format != NAME:
             raise refusal(path, found) from None
         raise
 
@@ -238,6 +239,9 @@ class Archive:
 def _read(file: io.FileIO | Region, path: Path, objects: Container[str] = ()) -> tuple[Archive, object]:
     """Check an archive and interpret its pickle; returns the archive and what was pickled."""
     where = shown(str(path))
+    if is_legacy(file):
+        records, storages, big_endian, root = read_legacy(file, where, objects)
+        return Archive(file, records, storages, big_endian), root
     _, records = read_directory(file, path)
     if any(name.startswith(_SCRIPT) for name in records):
         raise InputError("this is a TorchScript archive, which holds code", where=where, hint=RESAVE)
