@@ -1,7 +1,9 @@
-"""msbnb (MindNLP master, 2026-03): bare ``P.lora_A[in, r]`` and ``P.lora_B[r, out]`` of its quantized LoRA layers.
+"""msbnb (MindNLP master, 2026-03): ``P.lora.lora_A[in, r]`` and ``P.lora.lora_B[r, out]`` of its quantized LoRA layers.
 
-The names are loralib's and the factors its transposes, so the dialect is never detected: name it with ``--from msbnb``.
-Where the factors make no sense as loralib's, both dialects are offered. Rank and alpha are in no file.
+P is a Linear4bitWithLoRA or its kin, whose factors lie in a LoRALinear called ``lora``; a LoRALinear by itself has
+``P.lora_A``, which is read as well. The names are loralib's and the factors its transposes, so the dialect is never
+detected: name it with ``--from msbnb``. Where the factors make no sense as loralib's, both dialects are offered. Rank
+and alpha are in no file.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from .spelling import Spelled, facts_about, spell_extras
 from .transposed import Spelling, read_modules, sort_names, turned
 
 SPELLING = Spelling("lora_A", "lora_B")
+INNER = ".lora"
+"""Where a quantized layer keeps its factors."""
 
 
 class Msbnb:
@@ -41,11 +45,14 @@ class Msbnb:
         left_out = training_state(content.specs)
         skipped = {name for name, _ in left_out}
         specs = {name: spec for name, spec in content.specs.items() if name not in skipped}
-        pairs, rest = sort_names(replace(content, specs=specs), SPELLING)
+        found, rest = sort_names(replace(content, specs=specs), SPELLING)
+        pairs = {
+            path if path.removesuffix(INNER) in found else path.removesuffix(INNER): s for path, s in found.items()
+        }
         if not pairs:
             raise MappingError("the file holds no lora_A and lora_B", where=content.path, hint="check --from")
         reader = Reader(content, rest)
-        ranked = {path: found["b"].shape[0] for path, found in pairs.items() if "b" in found and found["b"].shape}
+        ranked = {path: pair["b"].shape[0] for path, pair in pairs.items() if "b" in pair and pair["b"].shape}
         scaling = {path: reader.scaling(path, rank) for path, rank in ranked.items() if rank}
         modules = read_modules(content, pairs, scaling, reader.problems)
         reader.problems.raise_any(content.path)
@@ -65,7 +72,8 @@ class Msbnb:
         problems.raise_any()
         modules = tuple(_plain(module) for module in adapter.modules)
         spelled = [Spelled(module, ()) for module in modules]
-        tensors = [*turned(modules, SPELLING), *spell_extras(adapter.extras)]
+        inner = [replace(module, path=f"{module.path}{INNER}") for module in modules]
+        tensors = [*turned(inner, SPELLING), *spell_extras(adapter.extras)]
         return Written(tensors, facts=facts_about(adapter, spelled), modules=modules)
 
 
