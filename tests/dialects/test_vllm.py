@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft_models import CASES, load
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lorabridge import ConvertOptions, convert
 from lorabridge.errors import MappingError
@@ -132,3 +132,23 @@ def test_a_rank_beyond_every_choice_is_said(tmp_path: Path) -> None:
     source = llama(tmp_path, target_modules=["q_proj"], r=600)
     report = convert(source, tmp_path / "out", ConvertOptions(target_dialect="vllm"))
     assert any("600 is more than" in note for note in report.notes)
+
+
+def test_for_is_another_name_of_to_and_folds_what_vllm_ignores(tmp_path: Path) -> None:
+    from lorabridge.commands._run import run
+
+    paths = {n: f"base_model.model.model.layers.0.self_attn.{n}_proj" for n in "qv"}
+    tensors = {f"{path}.lora_A.weight": torch.ones(2, 4) for path in paths.values()}
+    tensors |= {f"{path}.lora_B.weight": torch.ones(4, 2) for path in paths.values()}
+    (tmp_path / "in").mkdir()
+    save_file(tensors, tmp_path / "in" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"v_proj": 8}}
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(config))
+    assert run(["convert", str(tmp_path / "in"), f"{tmp_path / 'out'}/", "--for", "vllm"]) == 0
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert not written.get("alpha_pattern")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    scaling = written["lora_alpha"] / written["r"]
+    for n, expected in (("q", 4.0), ("v", 8.0)):
+        delta = scaling * found[f"{paths[n]}.lora_B.weight"] @ found[f"{paths[n]}.lora_A.weight"]
+        assert torch.equal(delta, torch.full((4, 4), expected))
