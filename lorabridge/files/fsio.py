@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,14 +18,14 @@ from pickle import PickleBuffer
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
-from ..errors import InputError, OutputError, StorageError
+from ..errors import OutputError, StorageError
 from . import placeholders
+from .inputs import Inputs
 from .staging import ASIDE, Area, Header, StagingArea, find_staging, remove_staging, staging_path, try_lock
 from .syscalls import (
     DIRECTORY,
     allocate,
     calls,
-    copy_range,
     exchange,
     lookup,
     make_folder,
@@ -41,62 +40,10 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from ..tensors import Bits
-    from .stores import Remote
 
 __all__ = ["OutFile", "Staging", "StagingArea", "find_staging", "remove_staging", "require_space"]
 
-REMOTE_BLOCK = 8 << 20
-"""Bytes of one request where an object of a store is copied."""
-_OPEN_INPUTS = 32
 _EXISTS = "the output exists already"
-
-
-class _Inputs:
-    """Source files kept open between copies: the first few; the others are opened each time."""
-
-    def __init__(self) -> None:
-        self._fds: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def copy(self, source: Path, start: int, target: int, offset: int, length: int) -> None:
-        remote = placeholders.readable(source)
-        if remote is not None:
-            return _copy_remote(remote, start, target, offset, length)
-        with self._lock:
-            fd = self._fds.get(source)
-            kept = fd is not None or len(self._fds) < _OPEN_INPUTS
-            if fd is None:
-                fd = _open_input(source)
-                if kept:
-                    self._fds[source] = fd
-        try:
-            copy_range(fd, start, target, offset, length, source)
-        finally:
-            if not kept:
-                os.close(fd)
-
-    def close(self) -> None:
-        while self._fds:
-            os.close(self._fds.popitem()[1])
-
-
-def _copy_remote(remote: Remote, start: int, target: int, offset: int, length: int) -> None:
-    """Copy a range of an object into a file; an InputError when the object ends early."""
-    if start + length > remote.size:
-        early = start + length - remote.size
-        problem = f"the object ends at byte {remote.size:,}, {early:,} bytes earlier than its header promises"
-        raise InputError(problem, where=remote.url, hint="do not change input files during a run")
-    for done in range(0, length, REMOTE_BLOCK):
-        data = remote.fetch(start + done, min(REMOTE_BLOCK, length - done))
-        write_all(target, memoryview(data), offset + done)
-
-
-def _open_input(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        problem = f"the input cannot be opened: {(error.strerror or str(error)).lower()}"
-        raise InputError(problem, where=str(path), hint="do not change input files during a run") from error
 
 
 class OutFile:
@@ -105,7 +52,7 @@ class OutFile:
     ``path``: where it is staged. All methods raise StorageError when the operating system refuses.
     """
 
-    def __init__(self, path: Path, fd: int, inputs: _Inputs, done: Callable[[os.stat_result], None]) -> None:
+    def __init__(self, path: Path, fd: int, inputs: Inputs, done: Callable[[os.stat_result], None]) -> None:
         self.path = path
         self._fd = fd
         self._inputs = inputs
@@ -182,7 +129,7 @@ class Staging:
         self._overwrite = overwrite
         self._area: Area | None = None
         self._out = -1
-        self._inputs = _Inputs()
+        self._inputs = Inputs()
         self._files: dict[str, OutFile | None] = {}
         self._dropped: set[str] = set()
         self._published = False
