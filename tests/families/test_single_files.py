@@ -23,6 +23,7 @@ from .square import KINDS, square
 HERE = Path(__file__).parent
 KNOWN = json.loads(gzip.decompress((HERE / "diffusion_names.json.gz").read_bytes()))
 LISTS = json.loads((HERE / "mindone_lists.json").read_text())
+MINDONE_05 = json.loads((HERE / "mindone_diffusers.json").read_text())
 FLOAT = BY_NAME["float16"]
 VAE = {"attention": "to_q"}
 TEXT = {
@@ -299,3 +300,9 @@ def test_t5_of_a_single_file_has_transformers_names_below_a_prefix(store: Store)
     assert {e.name: axes.substitute(e.value, said) for e in back.extras} == {
         e.name: e.value for e in model(Store(), shapes).extras
     }
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl", "flux", "sd3", "sd35_medium", "sd35_large", "sd_vae"])
+def test_mindone_s_own_networks_have_the_names_and_shapes_of_diffusers(family: str) -> None:
+    network = {name: tuple(shape) for name, shape in KNOWN[family]["network"].items()}
+    assert digest(lines(network, {})) == MINDONE_05[family]
