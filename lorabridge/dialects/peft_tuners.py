@@ -150,7 +150,7 @@ class _Tuner:
         except KeyError as error:
             self.problems.add("tensors are missing", f"{path}.{error.args[0]}", "save the adapter again")
             return None
-        except (ShapeError, IndexError) as error:
+        except (ValueError, IndexError) as error:  # ShapeError, and tensors of too few or too many axes
             self.problems.add("shapes do not fit", f"{path}: {error}", "check --names-of, --kernel-size and the file")
             return None
         if pair is None:

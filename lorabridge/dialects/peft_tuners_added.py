@@ -161,6 +161,8 @@ def fourierft(specs: Specs, shape: Shape, numbers: Numbers) -> tuple[Expr, Expr,
     """Return FourierFT's delta and an identity."""
     spectrum, size = read(specs["fourierft_spectrum"]), _known(shape)
     seed = numbers.get("random_loc_seed", 777)
+    if len(spectrum.shape) != 1:
+        raise ShapeError(f"fourierft_spectrum {list(spectrum.shape)} is no vector")
     if math.prod(size) >= tuned.MOST_PLACES or not 0 <= seed < 2**32 or math.prod(spectrum.shape) > math.prod(size):
         raise ShapeError(f"the places of {list(spectrum.shape)} frequencies in {list(size)} are not known")
     made = tuned.made("fourier", (spectrum,), size, products.wide(spectrum), seed)

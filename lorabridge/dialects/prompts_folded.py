@@ -85,7 +85,7 @@ class Computed:
                 return None
             one = _projected(path, read(rows), self.layers[path], problems)
             if one.shape not in ((tokens, width), (tokens, 2 * width)):
-                said = f"{path}: [{one.shape[0]}, {one.shape[1]}], not [{tokens}, {width}] or [{tokens}, {2 * width}]"
+                said = f"{path}: {list(one.shape)}, not [{tokens}, {width}] or [{tokens}, {2 * width}]"
                 cure = "correct num_virtual_tokens and token_dim; prefixes of several sequences have no counterpart"
                 problems.add("the prefix is not of the config's sizes", said, cure)
                 return None

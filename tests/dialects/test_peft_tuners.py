@@ -431,3 +431,19 @@ def test_places_are_those_that_torch_draws(count: int, size: int, seed: int) -> 
 
     drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
     assert tuned.places(count, size, seed) == drawn.tolist()
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 2, 1, 1), (2, 2, 2, 2)])
+@pytest.mark.parametrize("kind", sorted(TUNERS))
+def test_tensors_of_odd_shapes_are_refused_by_name(kind: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    from lorabridge.dialects.peft_tuners import SHARED, TENSORS
+
+    folder = tmp_path / "before"
+    folder.mkdir()
+    tensors = {f"base_model.model.wide.{name}": torch.ones(shape) for name in TENSORS[kind]}
+    tensors |= {f"base_model.{name}": torch.ones(shape) for name in SHARED.get(kind, ())}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    save_file(dict(net().state_dict()), tmp_path / "base.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    with pytest.raises(MappingError):
+        convert(folder, tmp_path / "after", options(base(folder)))
