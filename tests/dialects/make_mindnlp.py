@@ -1,13 +1,14 @@
 """Let MindNLP 0.3.1 and 0.4.1 write adapters, and compute with one of ours.
 
     python make_mindnlp.py ours     where lorabridge, torch 2.13, transformers 5.23 and peft 0.21.2 are
-    python make_mindnlp.py          where mindnlp 0.3.1 (Python 3.9) or 0.4.1 (3.11) is, on mindspore 2.7.0, CPU
+    python make_mindnlp.py          where mindnlp 0.3.1 (Python 3.9), 0.4.1 or 0.5.1 (3.11) is, on mindspore 2.7.0, CPU
 
 Into ``mindnlp_files``: ``base.npz``, a tiny BERT classifier; ``peft``, an adapter of peft with ranks and alphas by
 pattern, and ``ours``, what lorabridge makes of it for MindNLP. Into ``mindnlp_files/VERSION``: ``lora`` (in 0.4.1 also
 ``dora`` and ``half``, float16), saved by MindNLP, with ``logits.npy``, and ``ours.npy``, its logits with ``ours``. Both
 releases are older than MindSpore 2.7; what it no longer has is put back below. 0.3.1 can load no adapter at all (it
 looks for the adapter_model.bin that MindSpore refuses), so its loader is given the name that 0.3.0 and 0.4 have.
+0.5.1 runs peft 0.17.1 and transformers 4.57.1 themselves on MindSpore, as they are; its ``lora`` is peft's.
 """
 
 from __future__ import annotations
@@ -150,11 +151,29 @@ def adapt(kind: str, folder: Path) -> None:
         np.save(folder / "logits.npy", logits(model))
 
 
+def by_peft(folder: Path) -> None:
+    """Let MindNLP 0.5 run peft: save an adapter and its logits."""
+    import mindnlp  # noqa: F401  (makes torch its own)
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification
+
+    model = BertForSequenceClassification(BertConfig(**FIELDS)).eval()
+    model.load_state_dict({name: torch.tensor(value) for name, value in np.load(HERE / "base.npz").items()})
+    adapted = get_peft_model(model, LoraConfig(init_lora_weights=False, **LORA)).eval()  # type: ignore[arg-type]
+    adapted.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)
+    np.save(folder / "logits.npy", adapted(input_ids=torch.tensor(IDS)).logits.detach().numpy())
+
+
 def main() -> None:
     """Write what the installed release writes and computes."""
-    older_mindspore()
     from importlib.metadata import version
 
+    if version("mindnlp") == "0.5.1":
+        by_peft(HERE / "051" / "lora")
+        return
+    older_mindspore()
     from mindnlp import peft
     from mindnlp.peft.utils import save_and_load
 
