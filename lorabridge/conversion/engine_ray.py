@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from ..errors import LorabridgeError, StorageError, UsageError
 from . import endpoint
@@ -21,6 +22,8 @@ RETRIES = 5
 """How often Ray starts a share again, on another machine if it can, after the worker that had it was lost."""
 ANSWER = 120.0
 """Seconds for every machine to start a worker and look at its files."""
+EAR = 0.5
+"""Seconds for which nothing is heard of a signal while Ray waits."""
 GONE = 60.0
 """Seconds without a single machine that works after which a run is given up."""
 STORE = 80 << 20
@@ -44,17 +47,69 @@ def cluster(address: str | None) -> Iterator[list[Machine]]:
     """
     import ray
 
-    joined = ray.is_initialized()
-    if not joined:
-        _join(address)
-    try:
-        machines = _machines()
-        if not machines:
-            raise UsageError("no machine of the cluster has a CPU for this", hint="look at `ray status`")
-        yield machines
-    finally:
-        if not joined:
+    if ray.is_initialized():
+        yield _working()
+        return
+    _join(address)
+    with _TERMINATION.kept():
+        try:
+            yield _working()
+        finally:
             ray.shutdown()
+
+
+class _Termination:
+    """SIGTERM, kept until Ray's code is left: of what a handler raises there, Ray makes an internal error."""
+
+    def __init__(self) -> None:
+        self._arrived: Callable[[], None] | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        handler = signal.getsignal(signal.SIGTERM)
+        if not callable(handler) or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        known = handler
+
+        def keep(number: int, frame: FrameType | None) -> None:
+            self._arrived = lambda: known(number, frame)
+
+        signal.signal(signal.SIGTERM, keep)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Let the handler have what has arrived."""
+        arrived, self._arrived = self._arrived, None
+        if arrived is not None:
+            arrived()
+
+
+_TERMINATION = _Termination()
+
+
+def _wait(references: list[object], *, number: int = 1, seconds: float) -> tuple[list[object], list[object]]:
+    """Wait as ``ray.wait`` does, with an ear for SIGTERM."""
+    import ray
+
+    until = time.monotonic() + seconds
+    while True:
+        left = max(0.0, until - time.monotonic())
+        ready, rest = ray.wait(references, num_returns=number, timeout=min(left, EAR))
+        _TERMINATION.deliver()
+        if len(ready) >= number or left <= EAR:
+            return ready, rest
+
+
+def _working() -> list[Machine]:
+    machines = _machines()
+    if not machines:
+        raise UsageError("no machine of the cluster has a CPU for this", hint="look at `ray status`")
+    return machines
 
 
 def _machines() -> list[Machine]:
@@ -139,6 +194,10 @@ def _initialize(where: str, **arguments: object) -> None:
             f"no Ray cluster could be joined: {_first_line(error)}", where=where,
             hint="run on a machine of the cluster (`ray start --address` makes this one join), and see `ray status`",
         ) from error  # fmt: skip
+    except SystemExit:  # what Ray's own handler makes of SIGTERM
+        if callable(handler):
+            handler(signal.SIGTERM, None)
+        raise
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
@@ -167,7 +226,7 @@ def ask(machines: Sequence[Machine], folder: Path, stamps: Stamps) -> None:
             here = NodeAffinitySchedulingStrategy(machine.node, soft=False)
             remote = ray.remote(reply).options(num_cpus=0, max_retries=2, scheduling_strategy=here)
             pending[remote.remote(probe.inquiry(number, stamps))] = number
-        ready, late = ray.wait(list(pending), num_returns=len(pending), timeout=ANSWER)
+        ready, late = _wait(list(pending), number=len(pending), seconds=ANSWER)
         replies: dict[int, Reply | str] = {pending[one]: _reply(ray.get, one) for one in ready}
         for one in late:
             replies[pending[one]] = f"did not answer within {ANSWER:g} seconds"
@@ -215,11 +274,9 @@ def results(shares: Iterator[Share], window: int) -> Iterator[Done]:
 
 def _next(running: list[object]) -> tuple[object, list[object]]:
     """Wait for one of the shares that are under way; a StorageError when no machine is left to do them."""
-    import ray
-
     since = time.monotonic()
     while True:
-        ready, rest = ray.wait(running, timeout=GONE / 6)
+        ready, rest = _wait(running, seconds=GONE / 6)
         if ready:
             return ready[0], rest
         if _machines():

@@ -256,12 +256,13 @@ def test_a_machine_without_the_shared_file_system_is_named_before_anything_is_wr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_version_of_ray_is_named_and_sigterm_keeps_its_handler(machines: Machines) -> None:
+def test_another_version_of_ray_is_named_and_sigterm_is_heard_outside_of_ray(machines: Machines) -> None:
     code = """
-import signal, sys, ray
+import os, signal, sys, ray
 from lorabridge.conversion import engine_ray
 from lorabridge.errors import UsageError
-mine = lambda *_: None
+def mine(number, frame):
+    raise TimeoutError
 signal.signal(signal.SIGTERM, mine)
 own, ray.__version__ = ray.__version__, "2.40.0"
 try:
@@ -270,8 +271,14 @@ try:
 except UsageError as error:
     print(error.text())
 ray.__version__ = own
-with engine_ray.cluster(sys.argv[1]) as machines:
-    print(sum(machine.cpus for machine in machines), signal.getsignal(signal.SIGTERM) is mine)
+try:
+    with engine_ray.cluster(sys.argv[1]) as machines:
+        print(sum(machine.cpus for machine in machines))
+        os.kill(os.getpid(), signal.SIGTERM)
+        engine_ray._wait([ray.put(1)], seconds=5)
+        print("too far")
+except TimeoutError:
+    print("heard", signal.getsignal(signal.SIGTERM) is mine, ray.is_initialized())
 """
     done = subprocess.run(
         [sys.executable, "-c", code, machines.cluster.address], capture_output=True, text=True, check=True
@@ -280,7 +287,7 @@ with engine_ray.cluster(sys.argv[1]) as machines:
     assert lines[0] == "the cluster runs another Ray or Python than this process"
     assert lines[2].startswith("  The cluster was started with: Ray: ")
     assert ": Ray: 2.40.0, Python: " in lines[3]
-    assert lines[-1] == "2 True"
+    assert lines[-2:] == ["2", "heard True False"]
 
 
 def test_a_cluster_of_its_own_ends_with_the_run(tmp_path: Path) -> None:
