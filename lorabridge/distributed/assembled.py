@@ -19,6 +19,8 @@ from .layout import Layout
 if TYPE_CHECKING:
     from ..tensors import Bits
 
+MAX_OPEN = 256
+"""Files of ranks that stay open."""
 BLOCK = 16 << 20
 """Bytes of a replica that are compared at a time."""
 
@@ -270,7 +272,8 @@ class Files:
         self.path = path
         self.format = format
         self.files = frozenset(files.values())
-        self._shards = Shards(open_file or container(format).open_file, files)
+        self._shards = Shards(open_file or container(format).open_file, files, most=MAX_OPEN)
+        self._extents: dict[str, dict[str, tuple[Extent, ...]]] = {}
         self.held: dict[str, Mapping[str, TensorSpec]] = {}
         """The tensors of each file, under their own names."""
         self.stated: dict[str, Mapping[str, str]] = {}
@@ -304,10 +307,12 @@ class Files:
             return shard.read(own, rows)
 
     def extents(self, name: str) -> tuple[Extent, ...]:
-        """Return the byte ranges of a piece."""
+        """Return the byte ranges of a piece; those of its whole file are kept, since headers take longer to read."""
         file, own = home(self.held, name)
-        with self._shards.use(file) as shard:
-            return shard.extents(own)
+        if file not in self._extents:
+            with self._shards.use(file) as shard:
+                self._extents[file] = {one: shard.extents(one) for one in self.held[file]}
+        return self._extents[file][own]
 
     def close(self) -> None:
         """Close every file."""

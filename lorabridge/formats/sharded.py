@@ -67,9 +67,12 @@ class ShardedSource:
 
 
 class Shards:
-    """Files that are opened when they are needed: at most ``MAX_OPEN`` idle ones stay open, the latest used."""
+    """Files that are opened when they are needed: at most ``most`` idle ones stay open, the latest used."""
 
-    def __init__(self, open_file: Callable[[Path], Source], paths: Mapping[str, Path]) -> None:
+    def __init__(
+        self, open_file: Callable[[Path], Source], paths: Mapping[str, Path], *, most: int = MAX_OPEN
+    ) -> None:  # fmt: skip
+        self._most = most
         self._open_file = open_file
         self._paths = paths
         self._open: OrderedDict[str, tuple[Source, list[int]]] = OrderedDict()  # value: source, [users]
@@ -103,8 +106,10 @@ class Shards:
         return source
 
     def _trim(self) -> None:
+        if len(self._open) <= self._most:
+            return
         for name in [name for name, (_, users) in self._open.items() if not users[0]]:
-            if len(self._open) <= MAX_OPEN:
+            if len(self._open) <= self._most:
                 break
             self._open.pop(name)[0].close()
 
