@@ -2,9 +2,9 @@
 
     python judge_remote_code.py FOLDER     FOLDER holds one folder of Python files for each model below
 
-Run with torch 2.13.0 and transformers 4.54.1 on the files of Baichuan2-13B-Chat, chatglm-6b, chatglm2-6b and Qwen-7B. For
-each, the parameters of the class for causal language models, built from the ``config`` of ``names/*.hf.json``, have to be
-exactly the ``parameters`` there.
+Run with torch 2.13.0 and transformers 4.54.1 on the files of Baichuan2-13B-Chat, chatglm-6b, chatglm2-6b and Qwen-7B:
+all agree. The parameters of each class for causal language models, built from the ``config`` of ``names/*.hf.json``,
+have to be exactly the ``parameters`` there.
 """
 
 from __future__ import annotations
