@@ -2,9 +2,10 @@
 
 vLLM reads ``r``, ``lora_alpha``, ``use_rslora`` and little else of adapter_config.json (vllm/lora/peft_helper.py):
 it refuses ``modules_to_save`` and ``use_dora``, and releases before 0.33 may pass over ``rank_pattern`` and
-``alpha_pattern``, so that modules with values of their own are scaled wrongly in silence. Written here are one rank and one alpha: ranks are padded with
-zeros, differing scalings, rank-stabilised ones among them, folded into B. vllm-mindspore (0.5.1, its models of 2026-04)
-adapts the projections of Qwen2's attention and MLP only and has no LoRA for embeddings and heads.
+``alpha_pattern``, so that modules with values of their own are scaled wrongly in silence. Written here are one rank and
+one alpha: ranks are padded with zeros, differing scalings, rank-stabilised ones among them, folded into B.
+vllm-mindspore (0.5.1, its models of 2026-04) adapts the projections of Qwen2's attention and MLP only and has no LoRA
+for embeddings and heads.
 
 Reading is peft's; ``vllm`` and ``vllm-mindspore`` are targets.
 """

@@ -1,6 +1,6 @@
 """NeMo's and Megatron-Bridge's adapters: names and fused rows by their sources' rules; peft computes the effect.
 
-Rows are fused as ``merge_qkv_weights`` of megatron-bridge 0.3.1 fuses them; ``test_judged_megatron.py`` has its own files.
+Rows are fused as ``merge_qkv_weights`` of megatron-bridge 0.3.1 fuses them; test_judged_megatron.py has its own files.
 """
 
 from __future__ import annotations
