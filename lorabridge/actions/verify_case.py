@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from ..manifest import Manifest
+from .merge_record import recipe_of
 from .routes import Route, route
 from .sides import Side
 from .verify_inputs import VerifyOptions
@@ -35,6 +36,12 @@ class Case:
     warnings: tuple[str, ...]
     record: Recorded | None = None
 
+    @property
+    def weight(self) -> float:
+        """What the adapter's deltas were multiplied by, as the merged file's manifest says; 1 where it says nothing."""
+        known = recipe_of(self.second.kept, self.second.path) if self.relation == "merge" else None
+        return known.weights[0] if known is not None and len(known.weights) == 1 else 1.0
+
     def compared(self) -> tuple[str, ...]:
         """Return sentences on what is held against what."""
         first, second = self.first, self.second
@@ -52,6 +59,8 @@ class Case:
             lines.append(f"names of the two files meet in the table {self.route.family}")
         elif first.names != second.names and self.record is None:
             lines.append("modules are compared under equal names")
+        if self.weight != 1:
+            lines.append(f"the deltas count {self.weight:g} times, as {second.role}'s manifest says")
         if self.base is not None:
             lines.append(f"base weights: {self.base.given.path}")
         return tuple(lines)

@@ -96,6 +96,8 @@ def _halves(case: Case) -> tuple[Half, Half]:
     if case.relation == "merge":
         if base is None:
             raise UsageError("needs the model itself: --base BASE")
+        if case.weight != 1:
+            raise UsageError(f"the deltas count {case.weight:g} times in {second.role}, and once in {first.role}")
         adapted, merged = Half(base, first, first.adapter), Half(second)
         return (merged, adapted) if second.dialect.framework == "torch" else (adapted, merged)
     if first.is_adapter:

@@ -102,7 +102,7 @@ def _both_ways(planned: Replanned, case: Case, step: Step) -> list[Check]:
 
 def _merge(case: Case, step: Step) -> tuple[tuple[Check, ...], tuple[ModuleRow, ...], tuple[str, ...]]:
     assert case.base is not None
-    adapter = case.route.carry(case.first.adapter, case.first.names, case.second.names)
+    adapter = case.route.carry(_weighted(case.first.adapter, case.weight), case.first.names, case.second.names)
     base = case.route.carry(case.base.adapter, case.base.names, case.second.names)
     parts = Parts(
         adapter, case.first.source, _parameters(base), case.base.source,
@@ -114,6 +114,14 @@ def _merge(case: Case, step: Step) -> tuple[tuple[Check, ...], tuple[ModuleRow, 
     if all(row.note == "rounded once" for row in rows):
         proved = ("each element of each merged weight is base + scaling * B A, rounded once to nearest",)
     return (check,), rows, proved
+
+
+def _weighted(adapter: Adapter, weight: float) -> Adapter:
+    """Return an adapter whose deltas count so many times."""
+    if weight == 1:
+        return adapter
+    scaled = (replace(m, scaling=replace(m.scaling, alpha=weight * m.scaling.alpha)) for m in adapter.modules)
+    return replace(adapter, modules=tuple(scaled))
 
 
 def _parameters(adapter: Adapter) -> dict[str, Expr]:

@@ -183,3 +183,13 @@ def test_names_of_another_project_in_the_same_framework(invoke: Invoke, llama: P
     assert done.code == 2
     assert "several tables lead" in done.err
     assert invoke("verify", lora, out, *sizes).code == 0
+
+
+def test_a_recorded_weight_counts_when_the_adapter_is_named(invoke: Invoke, llama: Path, tmp_path: Path) -> None:
+    lora, merged = adapter(tmp_path / "lora"), tmp_path / "merged"
+    assert invoke("merge", llama, lora, merged, "--weights", "0.5", "-q").code == 0
+    done = invoke("verify", lora, merged, "--base", llama, "--depth", "tensors")
+    assert done.code == 0
+    assert "the deltas count 0.5 times, as DST's manifest says" in done.out
+    (merged / "lorabridge.json").unlink()
+    assert invoke("verify", lora, merged, "--base", llama, "--depth", "tensors").code == 1
