@@ -202,12 +202,16 @@ def test_a_machine_that_dies_in_a_conversion_leaves_the_bytes_of_a_local_run(
     convert(model, tmp_path / "one" / "out.ckpt", options)
     doomed = machines.cluster.add_node(num_cpus=2, object_store_memory=engine_ray.STORE)
     machines.cluster.wait_for_nodes()
+    raylet = doomed.all_processes["raylet"][0].process.pid
     lost: list[int] = []
 
     def progress(done: int, total: int) -> None:
-        if not lost and done:
+        """Kill the machine in the middle of a read, its workers first."""
+        within = [] if lost else [pid for pid in reading(tmp_path / "notes") if parent(pid) == raylet]
+        for pid in within:
+            os.kill(pid, signal.SIGKILL)
+        if within:
             lost.append(done)
-            time.sleep(0.2)  # half of a read: whoever finished one is within the next
             machines.cluster.remove_node(doomed, allow_graceful=False)
 
     class Watched:
@@ -215,7 +219,7 @@ def test_a_machine_that_dies_in_a_conversion_leaves_the_bytes_of_a_local_run(
 
     monkeypatch.setattr(converting, "InputOpener", Watched)
     report = convert(model, tmp_path / "two" / "out.ckpt", replace(options, engine=RAY), progress=progress)
-    assert 0 < lost[0] < report.nbytes / 2
+    assert 0 < lost[0] < report.nbytes
     readers = [p.name.rpartition("-")[0] for p in (tmp_path / "notes").glob("layers*")]
     assert len(set(readers)) == TENSORS
     assert len(readers) > TENSORS  # what the lost machine had begun was begun again by another process
@@ -325,6 +329,20 @@ def test_a_cluster_without_machines_is_given_up_and_nothing_is_left(
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(UsageError, match="no machine of the cluster has a CPU for this"):
         written(Slow(model, tmp_path / "notes"), tmp_path / "out" / "ray.ckpt", RAY)
+
+
+def reading(notes: Path) -> list[int]:
+    """Return the processes that are within a read."""
+    begun = [path.name for path in notes.glob("layers*")]
+    return [int(name.rpartition("-")[2]) for name in begun if not (notes / f"done-{name}").exists()]
+
+
+def parent(pid: int) -> int:
+    """Return a process's parent; 0 where it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def marked(mark: str) -> Iterator[int]:
