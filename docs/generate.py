@@ -18,8 +18,8 @@ HEAD = """\
 # The command line
 
 This page is made from the commands by `python docs/generate.py`; a test fails when it is out of date.
-`lorabridge`, `python -m lorabridge` and, in a checkout, `python cli.py` are the same program. Every path may be one of a store, such as
-`s3://bucket/adapter`: see [stores.md](stores.md).
+`lorabridge`, `python -m lorabridge` and, in a checkout, `python cli.py` are the same program. Every path may
+be one of a store, such as `s3://bucket/adapter`: see [stores.md](stores.md).
 """
 
 STREAMS = """\
