@@ -8,7 +8,7 @@ import click
 
 from ..reports import plain
 from ._group import Command, Manual, documented
-from ._options import facts_for, mappings_option, output_options, progress_option, target_options
+from ._options import facts_for, mappings_option, output_options, progress_option, ranks_options, target_options
 from ._progress import Progress
 from ._terminal import Output, width
 from ._values import LOCATION, Name, dialects, facts, known_family, pairs, weights
@@ -29,6 +29,7 @@ METHODS = (
             "How to combine": ("method", "weight", "rank", "energy", "density", "majority_sign", "seed", "dtype"),
             "To": ("target_dialect", "family", "config", "layout", "mappings"),
             "What the files do not say": ("alpha", "use_rslora", "fan_in_fan_out", "enable_lora"),
+            "Ranks": ("strategies", "steps"),
             "Selection": ("include", "exclude"),
             "Writing": ("workers", "dry_run", "overwrite"),
             "Output": ("json", "quiet", "verbose", "no_progress"),
@@ -68,6 +69,7 @@ METHODS = (
 @click.option("--layout", metavar="KEY=VALUE", multiple=True, help="A choice that the table asks for.")
 @mappings_option
 @facts_for("alpha", "use_rslora", "fan_in_fan_out", "enable_lora")
+@ranks_options(ADAPTER="sources")
 @click.option("--include", metavar="GLOB", multiple=True, help="Combine only what matches. May be repeated.")
 @click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out what matches. May be repeated.")
 @target_options

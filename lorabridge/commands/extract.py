@@ -8,7 +8,7 @@ import click
 
 from ..reports import plain
 from ._group import Command, Manual, documented
-from ._options import facts_for, mappings_option, output_options, progress_option, target_options
+from ._options import facts_for, mappings_option, output_options, progress_option, ranks_options, target_options
 from ._progress import Progress
 from ._terminal import Output, width
 from ._values import LOCATION, Name, dialects, facts, known_family, pairs
@@ -24,6 +24,7 @@ from ._values import LOCATION, Name, dialects, facts, known_family, pairs
         groups={
             "How much to keep": ("rank", "energy", "seed", "dtype"),
             "What changed": ("include", "exclude", "save", "kind", "fan_in_fan_out"),
+            "Ranks": ("strategies", "steps"),
             "To": ("target_dialect", "family", "config", "layout", "mappings"),
             "Writing": ("workers", "dry_run", "overwrite"),
             "Output": ("json", "quiet", "verbose", "no_progress"),
@@ -57,6 +58,7 @@ from ._values import LOCATION, Name, dialects, facts, known_family, pairs
               help="The model's config.json, where it is not beside the models.")  # fmt: skip
 @click.option("--layout", metavar="KEY=VALUE", multiple=True, help="A choice that the table asks for.")
 @mappings_option
+@ranks_options(BASE="base", TUNED="tuned")
 @target_options
 @output_options
 @progress_option

@@ -8,7 +8,7 @@ import click
 
 from ..reports import plain
 from ._group import Command, Manual, documented
-from ._options import facts_for, mappings_option, output_options, progress_option
+from ._options import facts_for, mappings_option, output_options, progress_option, ranks_options
 from ._progress import Progress
 from ._terminal import Output, width
 from ._values import LOCATION, facts, known_family, pairs
@@ -26,6 +26,7 @@ SHOWN = 12
         },
         groups={
             "What is known": ("config", "family", "layout", "mappings", "alpha", "use_rslora", "enable_lora"),
+            "Ranks": ("strategies", "steps"),
             "Output": ("json", "quiet", "verbose", "no_progress"),
         },
         examples=(
@@ -44,6 +45,7 @@ SHOWN = 12
 @click.option("--layout", metavar="KEY=VALUE", multiple=True, help="A choice that the table asks for.")
 @mappings_option
 @facts_for("alpha", "use_rslora", "enable_lora")
+@ranks_options(BASE="base", MERGED="merged", ADAPTER="adapter")
 @output_options
 @progress_option
 @click.pass_context

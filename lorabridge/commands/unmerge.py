@@ -21,6 +21,7 @@ from ._options import (
     mappings_option,
     output_options,
     progress_option,
+    ranks_options,
     stated,
     target_options,
 )
@@ -91,6 +92,7 @@ def writing_options(command: F) -> F:
             "What was merged": ("adapters", "undo", "weights", "exact", "leave", "any_adapter"),
             "From and to": NAMES,
             "What the adapter does not say": tuple(FACTS),
+            "Ranks": ("strategies", "steps"),
             "Writing": WRITING,
             "Output": ("json", "quiet", "verbose", "no_progress"),
         },
@@ -115,6 +117,7 @@ def writing_options(command: F) -> F:
 @names_options("--from", "--to")
 @mappings_option
 @fact_options
+@ranks_options(MERGED="merged_model", ADAPTER="adapters")
 @writing_options
 @target_options
 @output_options

@@ -154,6 +154,50 @@ def test_convert_diff_and_verify_are_told_a_strategy(
     assert command("verify", base, whole, "--depth", "tensors", *said)[0] == 0
 
 
+def test_unmerge_and_recover_are_told_the_strategies_of_both_runs(
+    work: Path, apart: Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    whole, lora, merged = work / "base_ms.safetensors", apart / "runs" / "lora_ranks", apart / "merged.safetensors"
+    of_lora = ["--strategy", f"ADAPTER={apart / 'lora_strategy'}"]
+    said, undo = ["--alpha", 8, *of_lora], ["--undo", apart / "undo"]
+    code, text = command("merge", whole, lora, merged, *said, *undo)
+    assert code == 0, text
+    code, text = command("recover", apart / "runs" / "base_ranks", merged, lora, *of_lora)
+    assert (code, "give --strategy" in text) == (3, True)
+    of_base = ["--strategy", f"BASE={apart / 'base_strategy'}"]
+    code, text = command("recover", apart / "runs" / "base_ranks", merged, lora, *of_base, *of_lora)
+    assert (code, "--alpha 8" in text) == (0, True), text
+
+    code, text = command("unmerge", merged, apart / "back.safetensors", "--adapter", lora, "--alpha", 8, *undo)
+    assert (code, "give --strategy" in text) == (3, True)
+    code, text = command("unmerge", merged, apart / "back.safetensors", "--adapter", lora, *said, *undo)
+    assert code == 0, text
+    ours, base = load_file(apart / "back.safetensors"), load_file(whole)
+    assert all(torch.equal(ours[name], base[name]) for name in base)
+
+
+def test_extract_and_combine_are_told_a_strategy(
+    work: Path, apart: Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    base, lora, tuned = apart / "runs" / "base_ranks", apart / "runs" / "lora_ranks", apart / "tuned.safetensors"
+    alpha = Facts((Fact("*", "alpha", 8.0),))
+    merge(work / "base_ms.safetensors", [work / "lora.safetensors"], tuned, MergeOptions(facts=alpha))
+    assert command("extract", base, tuned, apart / "from_ranks.ckpt", "--rank", 4)[0] == 3
+    said = ["--strategy", f"BASE={apart / 'base_strategy'}"]
+    code, text = command("extract", base, tuned, apart / "from_ranks.ckpt", "--rank", 4, *said)
+    assert code == 0, text
+    assert command("extract", work / "base_ms.safetensors", tuned, apart / "from_one.ckpt", "--rank", 4)[0] == 0
+    assert command("diff", apart / "from_ranks.ckpt", apart / "from_one.ckpt")[0] == 0
+
+    both = [lora, work / "lora.safetensors"]
+    assert command("combine", *both, apart / "sum.ckpt", "--alpha", 8)[0] == 3
+    code, text = command("combine", *both, apart / "sum.ckpt", "--alpha", 8, "--strategy", apart / "lora_strategy")
+    assert code == 0, text
+    twice = [work / "lora.safetensors"] * 2
+    assert command("combine", *twice, apart / "expected.ckpt", "--alpha", 8)[0] == 0
+    assert command("diff", apart / "sum.ckpt", apart / "expected.ckpt")[0] == 0
+
+
 def test_a_strategy_for_what_no_ranks_wrote_is_refused(
     work: Path, apart: Path, command: Callable[..., tuple[int, str]]
 ) -> None:
