@@ -13,7 +13,7 @@ from ..axes import read
 from ..errors import InputError
 from ..formats.torchvalues import Tensor, kind
 from ..formats.torchzip import TorchSource, open_tree
-from ..formats.untrusted import shown
+from ..formats.untrusted import read_word, shown
 from .assembled import Arrangement, Assembled, Copy, Files, Placed
 from .partitions import OBJECTS, fields
 
@@ -26,7 +26,7 @@ def universal_directory(path: Path, step: str | None = None) -> Path | None:
     if _is_universal(path):
         return path
     latest = path / "latest_universal"
-    tag = step or (latest.read_text("utf-8", errors="replace")[:256].strip() if latest.is_file() else "")
+    tag = step or (read_word(latest) if latest.is_file() else "")
     inside = path / tag
     return inside if tag and "/" not in tag and tag not in (".", "..") and _is_universal(inside) else None
 

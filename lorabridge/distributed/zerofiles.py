@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
-from ..formats.untrusted import shown
+from ..formats.untrusted import read_word, shown
 from .partitions import HINT, Said
 
 MAX_RANKS = 1 << 20
@@ -27,7 +27,7 @@ def zero_directory(path: Path, step: str | None = None) -> Path | None:
     if _is_tag(path):
         return path
     latest = path / "latest"
-    tag = step or (latest.read_text("utf-8", errors="replace")[:256].strip() if latest.is_file() else "")
+    tag = step or (read_word(latest) if latest.is_file() else "")
     inside = path / tag
     if not tag or "/" in tag or tag in (".", "..") or not _is_tag(inside):
         return None

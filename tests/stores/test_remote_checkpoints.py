@@ -190,8 +190,17 @@ def test_ranks_are_cut_into_the_store_and_put_together_again(
     assert tensors(placeholders.input_path(f"s3://{bucket}/whole.safetensors")) == tensors(base)
 
 
-def test_ranks_in_the_store_are_reassembled_as_on_disk(send: Send, tmp_path: Path) -> None:
-    ranks = RANKS / "dcp_peft_fsdp2"
+@pytest.mark.parametrize(
+    "name", ["dcp_peft_fsdp2", "deepspeed_zero3_lora", "deepspeed_parallel/pipeline", "torch_ranks/tp", "universal"]
+)
+def test_ranks_in_the_store_are_reassembled_as_on_disk(send: Send, tmp_path: Path, name: str) -> None:
+    ranks = RANKS / name
+    if name == "universal":  # as ds_to_universal writes it; its tag is read from a file too
+        ranks = tmp_path / name
+        for layer in ("0.weight", "1.bias"):
+            (ranks / "step1_universal" / "zero" / layer).mkdir(parents=True)
+            torch.save({"param": torch.randn(4, 4)}, ranks / "step1_universal" / "zero" / layer / "fp32.pt")
+        (ranks / "latest_universal").write_text("step1_universal\n")
     reassemble(ranks, tmp_path / "local.safetensors", lorabridge.ConvertOptions())
     reassemble(send(ranks, "ranks"), tmp_path / "far.safetensors", lorabridge.ConvertOptions())
     assert (tmp_path / "far.safetensors").read_bytes() == (tmp_path / "local.safetensors").read_bytes()
