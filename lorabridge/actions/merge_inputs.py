@@ -10,6 +10,7 @@ from pathlib import Path
 from .. import dialects
 from ..conversion.engines import Engine
 from ..conversion.forward import dialect_named
+from ..conversion.read_facts import of_base
 from ..conversion.repository import Input, open_input
 from ..dialects.adapter import Adapter, Dialect, Extra, Facts, LoraModule
 from ..dialects.deltas import refuse_deltas
@@ -24,6 +25,7 @@ from ..merging.identity import MERGED_KEY, merged_mark
 from ..merging.landing import home_of, moved_prefix
 from ..merging.planning import Addition
 from .choices import source_dialect
+from .storage_order import Named, oriented
 
 BASE = "base"
 _WHOSE = {"hf": "PyTorch", "ms": "MindSpore"}
@@ -146,6 +148,8 @@ def additions(given: Opened, base: Adapter, options: MergeOptions) -> list[Addit
     for label, one, weight in zip(given.labels, given.adapters, weights, strict=True):
         kept = one.manifest if one.manifest is not None and one.manifest.describes(one.source.specs) else None
         facts = options.facts.then(one.stated).then(kept.facts if kept else Facts())
+        if given.origin.name == "hf":
+            facts = facts.then(of_base(facts, one.source.specs, given.base.source.specs, str(given.base.path)))
         dialect = source_dialect(one, kept, facts, options.adapter_dialect)
         if dialect.name in ("hf", "ms"):
             raise MappingError(
@@ -156,8 +160,14 @@ def additions(given: Opened, base: Adapter, options: MergeOptions) -> list[Addit
         adapter = _as_peft_computes(adapter) if dialect.name == "peft" else adapter
         adapter = _with_rows(adapter, kept)
         adapter = of_component(adapter, {extra.name for extra in base.extras}, str(one.path))
-        for part in _on_side(adapter, dialect, base, given, named_by(options, one, given.base)):
-            out.append(Addition(part, weight, str(one.path)))
+        told = named_by(options, one, given.base)
+        named = Named(
+            "hf" if given.origin.name == "hf" else "ms", told.family, told.layout, told.mappings,
+            (given.base.model_config or {}).get("model_type"),
+        )  # fmt: skip
+        for part in _on_side(adapter, dialect, base, given, told):
+            stored = oriented(part, (extra.name for extra in base.extras), named)
+            out.append(Addition(stored, weight, str(one.path)))
     return out
 
 

@@ -109,13 +109,14 @@ def recover(
     """
     started = time.perf_counter()
     options = options or RecoverOptions()
-    stand_in = options.facts.then(Facts((Fact("*", "alpha", UNSTATED), Fact("*", "merged", False))))
+    unstated = Facts((Fact("*", "alpha", UNSTATED), Fact("*", "merged", False), Fact("*", "as", "lora")))
+    stand_in = options.facts.then(unstated)
     with ExitStack() as stack:
         models: list[Side] = []
         for path in (base, merged):
             models.append(open_side(path, facts=stand_in, role=("BASE", "MERGED")[len(models)]))
             stack.callback(models[-1].close)
-        given, source, names, unknowns, own, side = _unknowns(adapter, options, stand_in, stack)
+        given, source, names, unknowns, own, side = _unknowns(adapter, options, stand_in, models[0], stack)
         way = _way(models, side, options)
         before, after = (_parameters(way.carry(m.adapter, m.names, names)) for m in models)
         if side is not None:
@@ -177,11 +178,11 @@ def _spelled(
 
 
 def _unknowns(
-    path: Path | str, options: RecoverOptions, stand_in: Facts, stack: ExitStack
+    path: Path | str, options: RecoverOptions, stand_in: Facts, base: Side, stack: ExitStack
 ) -> tuple[str, Source, str, list[Unknown], dict[str, Expr], Side | None]:
     """Return the adapter's modules as far as its file tells: parsed where a dialect can, else by their names alone."""
     try:
-        side = open_side(path, config=options.config, facts=stand_in, role="ADAPTER")
+        side = open_side(path, config=options.config, facts=stand_in, role="ADAPTER", base=base)
     except MappingError as error:
         given = open_input(Path(path), config=options.config)
         stack.callback(given.source.close)
@@ -201,6 +202,7 @@ def _unknowns(
         rest = {name.removeprefix(PREFIX): read(spec) for name, spec in specs.items() if name not in paired}
         return str(path), given.source, names, found, rest, None
     stack.callback(side.close)
+    side = side.part_of(base)
     if not side.adapter.modules:
         raise InputError("the third input carries no LoRA factors", where=str(path), hint="name BASE MERGED ADAPTER")
     found = [_known(module) for module in side.adapter.modules]

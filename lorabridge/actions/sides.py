@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,13 @@ import numpy as np
 from ..arithmetic import numerics
 from ..arithmetic.floats import Bits, Numbers
 from ..axes import Expr, Read, evaluate, reads
+from ..conversion.read_facts import of_base
 from ..conversion.repository import Input, open_input
 from ..dialects import naming
 from ..dialects.adapter import Adapter, Content, Dialect, Facts
 from ..errors import MappingError
 from ..manifest import Manifest
+from ..merging.components import of_component
 from ..tensors import Source
 from .choices import source_dialect
 
@@ -58,6 +60,11 @@ class Side:
         """The checkpoint carries LoRA factors."""
         return bool(self.adapter.modules)
 
+    def part_of(self, base: Side) -> Side:
+        """Return a pipeline's adapter as the one of a network that lies by itself; see ``merging.components``."""
+        known = {extra.name for extra in base.adapter.extras}
+        return replace(self, adapter=of_component(self.adapter, known, self.path))
+
     def close(self) -> None:
         """Release the file."""
         self.given.source.close()
@@ -65,16 +72,19 @@ class Side:
 
 def open_side(
     path: Path | str, *, dialect: str | None = None, config: Path | None = None, facts: Facts | None = None,
-    role: str = "",
+    role: str = "", base: Side | None = None,
 ) -> Side:  # fmt: skip
     """Open one checkpoint and read its headers; errors are those of a conversion of the same file.
 
-    ``facts`` are for every file of a command, so what a file's own manifest or sidecar says outranks them.
+    ``facts`` are for every file of a command, so what a file's own manifest or sidecar says outranks them. ``base``:
+    the model of an adapter whose file does not have all that it takes to find the modules.
     """
     given = open_input(Path(path), config=config)
     try:
         kept = given.manifest if given.manifest is not None and given.manifest.describes(given.source.specs) else None
         said = given.stated.then(kept.facts if kept else Facts()).then(facts or Facts())
+        if base is not None and base.dialect.name == "hf":
+            said = said.then(of_base(said, given.source.specs, base.source.specs, base.path))
         origin = source_dialect(given, kept, said, dialect)
         content = given.content(said)
         return Side(given, origin, kept, content, origin.parse(content), role)

@@ -36,13 +36,13 @@ def verify(
     options = options or VerifyOptions()
     with ExitStack() as stack:
 
-        def side_of(role: str, path: Path) -> Side:
-            side = opened(role, path, options)
+        def side_of(role: str, path: Path, base: Side | None = None) -> Side:
+            side = opened(role, path, options, base)
             stack.callback(side.source.close)
             return side
 
-        first, second = side_of("SRC", Path(source)), side_of("DST", Path(target))
         base = side_of("BASE", options.base) if options.base is not None else None
+        first, second = side_of("SRC", Path(source), base), side_of("DST", Path(target), base)
         case = decide(first, second, base, options)
         chosen = _chosen(case, options)
         depths = tuple(_run(name, depth, case, options, progress) for name, depth in chosen.items())

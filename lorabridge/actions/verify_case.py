@@ -100,6 +100,7 @@ def decide(source: Side, target: Side, base: Side | None, options: VerifyOptions
         if base.is_adapter:
             raise UsageError("--base is an adapter", where=str(base.given.path), hint="give the model without adapter")
         first, second = (source, target) if source.is_adapter else (target, source)
+        first = first.part_of(base)
     others = [base] if base is not None else []
     chosen = route(_named_otherwise(first, second, base, relation), second, others, _naming(kept, second, first, base),
                    options.told)  # fmt: skip

@@ -39,11 +39,14 @@ class VerifyOptions:
         return Told(self.family, self.layout, self.mappings)
 
 
-def opened(role: str, path: Path, options: VerifyOptions) -> Side:
-    """Open one checkpoint and read its headers; errors are those of a conversion of the same file."""
+def opened(role: str, path: Path, options: VerifyOptions, base: Side | None = None) -> Side:
+    """Open one checkpoint and read its headers, for an adapter's names with its base's at hand.
+
+    Errors are those of a conversion of the same file.
+    """
     chosen = {"SRC": options.source_dialect, "DST": options.target_dialect}.get(role)
     config = options.config if role == "SRC" else None
-    return open_side(path, dialect=chosen, config=config, facts=options.facts, role=role)
+    return open_side(path, dialect=chosen, config=config, facts=options.facts, role=role, base=base)
 
 
 def described(side: Side) -> ComparedFile:

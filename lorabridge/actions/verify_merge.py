@@ -42,7 +42,7 @@ class Parts:
 def merge_rows(parts: Parts, step: Step) -> tuple[ModuleRow, ...]:
     """Check the weight of every adapted module; ``step`` is called with the bytes of each."""
     rows = []
-    for module in parts.adapter.modules:
+    for module in _oriented(parts):
         names = weight_names(module.path, module.weight)
         name = next((n for n in names if n in parts.merged), None)
         original = next((n for n in names if n in parts.base), None)
@@ -56,6 +56,23 @@ def merge_rows(parts: Parts, step: Step) -> tuple[ModuleRow, ...]:
         if module.lora_bias is not None:
             rows.append(_bias(parts, module))
     return tuple(rows)
+
+
+def _oriented(parts: Parts) -> list[LoraModule]:
+    """Take square weights of which nothing is said to be stored as the others of the file are, as a merge does."""
+    seen = set()
+    for module in parts.adapter.modules:
+        name = next((n for n in weight_names(module.path, module.weight) if n in parts.merged), None)
+        shape = () if name is None else parts.merged[name].shape
+        if module.kind == "linear" and module.fan_in_fan_out is None and len(shape) == 2 and shape[0] != shape[1]:
+            seen.add(stored_in_out(module, shape))
+    if len(seen) != 1:
+        return list(parts.adapter.modules)
+    (turned,) = seen
+    return [
+        replace(module, fan_in_fan_out=turned) if module.kind == "linear" and module.fan_in_fan_out is None else module
+        for module in parts.adapter.modules
+    ]
 
 
 def _row(module: LoraModule, ok: bool | None, note: str = "") -> ModuleRow:

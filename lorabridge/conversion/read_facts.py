@@ -6,13 +6,14 @@ They are facts like those that a user states, so a manifest records them and the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .. import formats
 from ..dialects import flattened, originals, peft_tuners
 from ..dialects.adapter import Fact, Facts
-from ..errors import InputError
+from ..errors import InputError, MappingError
+from ..merging.landing import PREFIXES
 from ..tensors import Source, TensorSpec
 
 NUMBERS = ("alpha", "phm_rule")
@@ -74,6 +75,42 @@ def modules(facts: Facts, specs: Mapping[str, TensorSpec]) -> Facts:
     return Facts(tuple(Fact(name, "module", [path, *shape]) for name, (path, shape) in found.items()))
 
 
+def of_base(facts: Facts, names: Iterable[str], base: Mapping[str, TensorSpec], where: str) -> Facts:
+    """Look the same names up in a base that is at hand, where no other is named and nothing is known already.
+
+    ``base``: its tensors, in transformers' or the original code's names; ``where``: its path. Names that it lacks and a
+    known pipeline has are left to the pipeline's tables. MappingError for others that not exactly one module has.
+    """
+    if facts.get("*", "names_of") is not None or facts.read("module"):
+        return Facts()
+    names = list(names)
+    weights, tuned = _matrices(base), peft_tuners.paths(names)
+    if tuned:
+        return Facts(tuple(Fact(path, "module", [path, *shape]) for path, shape in _found(tuned, weights).items()))
+    flat = dict.fromkeys(name.partition(".")[0] for name in names if flattened.prefix_of(name))
+    flat |= dict.fromkeys(originals.dotted_modules(names))
+    try:
+        found = flattened.resolve_in(flat, _by_component(weights), where)
+    except MappingError:
+        if flattened.known(flat):
+            return Facts()
+        raise
+    return Facts(tuple(Fact(name, "module", [path, *shape]) for name, (path, shape) in found.items()))
+
+
+def _found(paths: Sequence[str], weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the weights' shapes by the paths; where none is there, with a body's prefix before them or taken off."""
+    spellings = [{path: path for path in paths}]
+    for prefix in PREFIXES:
+        spellings.append({path: prefix + path for path in paths})
+        spellings.append({path: path.removeprefix(prefix) for path in paths})
+    for spelled in spellings:
+        found = {path: weights[name] for path, name in spelled.items() if name in weights}
+        if found:
+            return found
+    return {}
+
+
 def base_modules(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return the modules with weights of a model's files, by component and path, with their weights' shapes.
 
@@ -82,8 +119,13 @@ def base_modules(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     parts = {name: path / name for name in flattened.COMPONENTS if (path / name).is_dir()}
     if parts:
         return {name: _weights(folder) for name, folder in parts.items()}
+    return _by_component(_weights(path))
+
+
+def _by_component(weights: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Sort modules by the network of a pipeline that they belong to, "" for those of another network."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for module, shape in _weights(path).items():
+    for module, shape in weights.items():
         original = next((prefix for prefix in _ORIGINAL if module.startswith(prefix)), "")
         first, _, rest = module.partition(".")
         component = _ORIGINAL.get(original) or _FIRST.get(first, "")
@@ -97,10 +139,14 @@ def base_modules(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
 def _weights(path: Path) -> dict[str, tuple[int, ...]]:
     source = formats.open_source(path)
     try:
-        return {
-            name.removesuffix(".weight"): spec.shape
-            for name, spec in source.specs.items()
-            if name.endswith(".weight") and len(spec.shape) > 1
-        }
+        return _matrices(source.specs)
     finally:
         source.close()
+
+
+def _matrices(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
+    return {
+        name.removesuffix(".weight"): spec.shape
+        for name, spec in specs.items()
+        if name.endswith(".weight") and len(spec.shape) > 1
+    }

@@ -192,6 +192,12 @@ def resolve(names: Mapping[str, Axes], only: str | None, where: str) -> tuple[di
     return {name: next(iter(places)) for name, places in whole[first].items()}, tuple(whole)
 
 
+def known(names: Iterable[str]) -> bool:
+    """Say whether a pipeline of those that are known has modules of all these names, whatever their shapes."""
+    names = list(names)
+    return any(all(any(True for _ in _places(p, name, None)) for name in names) for p in PIPELINES)
+
+
 def resolve_in(
     names: Iterable[str], modules: Mapping[str, Mapping[str, tuple[int, ...]]], where: str
 ) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorabridge import ConvertOptions, MergeOptions, convert, merge
+from lorabridge.actions.recover import recover
+from lorabridge.actions.verify import verify
+from lorabridge.actions.verify_inputs import VerifyOptions
 from lorabridge.dialects.adapter import Fact, Facts
 from lorabridge.errors import MappingError
 
@@ -37,14 +40,23 @@ def delta(file: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     return torch.tensordot(up.reshape(up.shape[:2]), down, 1) * scale
 
 
-def test_an_adapter_of_sd_scripts_merges_into_its_u_net(unet: Path, tmp_path: Path) -> None:
-    merge(unet, FILE, tmp_path / "out.safetensors", MergeOptions(facts=named(unet)))
+@pytest.mark.parametrize("stated", [True, False])
+def test_an_adapter_of_sd_scripts_merges_into_its_u_net(stated: bool, unet: Path, tmp_path: Path) -> None:
+    options = MergeOptions(facts=named(unet)) if stated else None
+    merge(unet, FILE, tmp_path / "out.safetensors", options)
     before, after, file = load_file(unet), load_file(tmp_path / "out.safetensors"), load_file(FILE)
     names = {key.partition(".")[0] for key in file}
     for name, weight in before.items():
         flat = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
         wanted = weight if flat not in names else (weight.double() + delta(file, flat).reshape(weight.shape)).float()
         torch.testing.assert_close(after[name], wanted, rtol=0, atol=1e-6)
+
+
+def test_what_was_merged_is_verified_and_recovered(unet: Path, tmp_path: Path) -> None:
+    merge(unet, FILE, tmp_path / "out.safetensors")
+    found = verify(FILE, tmp_path / "out.safetensors", VerifyOptions(base=unet, depths=("tensors",)))
+    assert (found.exit_code, found.relation) == (0, "merge")
+    assert recover(unet, tmp_path / "out.safetensors", FILE).summary().startswith("merged once, 79 of 79 modules")
 
 
 def test_other_networks_factors_have_no_place_there(unet: Path, tmp_path: Path) -> None:
