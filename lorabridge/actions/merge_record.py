@@ -65,7 +65,7 @@ class MergeRecipe:
         """Return the adapters that lie where they lay, or beside the model, in their order."""
         folder = merged.resolve().parent
         places = [
-            [placeholders.looked_at(path if is_remote(path) else folder / path) for path in (path, name) if path]
+            [placeholders.looked_at(path if is_remote(path) else _from(folder, path)) for path in (path, name) if path]
             for name, path in zip(self.adapters, self.paths, strict=True)
         ]
         return [path for row in places for path in [next((p for p in row if p.exists()), None)] if path is not None]
@@ -93,6 +93,12 @@ def recipe_of(kept: Manifest | None, where: str) -> MergeRecipe | None:
             f"the record of the merge is malformed ({type(error).__name__}: {error})", where=where,
             hint="move the manifest away and pass flags",
         ) from error  # fmt: skip
+
+
+def _from(folder: Path, path: str) -> Path:
+    """Return where a record says that a path lies; in a store, whose names have no dots, without its ``..``."""
+    place = folder / path
+    return Path(os.path.normpath(place)) if placeholders.destination(folder) is not None else place
 
 
 def _list(raw: Value) -> list[Value]:

@@ -168,7 +168,8 @@ def test_a_merge_is_verified_from_its_record_wherever_its_files_lie(
         str(tmp_path / "adapter")
     )
     far, adapter = send(base, "base.safetensors"), send(tmp_path / "adapter", "adapters/one")
-    for target in (f"s3://{bucket}/merged.safetensors", str(tmp_path / "merged.safetensors")):
+    places = ("merged.safetensors", "models/merged.safetensors")
+    for target in [*(f"s3://{bucket}/{place}" for place in places), str(tmp_path / "merged.safetensors")]:
         assert run(["merge", far, adapter, target, "--undo", f"{target}.undo"]) == 0
         placeholders._PLACED = placeholders._Placed()  # another process
         assert run(["verify", far, target]) == 0
