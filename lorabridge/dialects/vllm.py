@@ -2,8 +2,10 @@
 
 vLLM reads ``r``, ``lora_alpha``, ``use_rslora`` and little else of adapter_config.json (vllm/lora/peft_helper.py):
 it refuses ``modules_to_save`` and ``use_dora``, and releases before 0.33 may pass over ``rank_pattern`` and
-``alpha_pattern``, so that modules with values of their own are scaled wrongly in silence. Written here are one rank and
-one alpha: ranks are padded with zeros, differing scalings, rank-stabilised ones among them, folded into B.
+``alpha_pattern``, so that modules with values of their own are scaled wrongly in silence. Written here is what every
+release reads alike, one rank and one alpha: ranks are padded with zeros, differing scalings, rank-stabilised ones among
+them, folded into B. vLLM 0.33 reads the patterns, and one head called ``classifier`` or ``score``, from peft's own
+directory; a refused head says so.
 vllm-mindspore (0.5.1, its models of 2026-04) adapts the projections of Qwen2's attention and MLP only and has no LoRA
 for embeddings and heads.
 
@@ -30,6 +32,8 @@ KEPT = frozenset(
     {"base_model_name_or_path", "revision", "task_type", "lora_dropout", "fan_in_fan_out", "inference_mode"}
 )
 """Fields that are carried as they are."""
+HEADS = ("classifier", "score")
+"""Whole modules that vLLM takes since a release of which 0.33 is known (``PEFTHelper._validate_features``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,16 @@ class Vllm:
         return replace(written, notes=(start, *notes, *written.notes))
 
 
+def _newer(adapter: Adapter) -> str:
+    """Say what newer releases do with the one head that is trained beside the factors, if that is all there is."""
+    trained = [extra for extra in adapter.extras if extra.kind != "base"]
+    heads = {extra.path for extra in trained}
+    if len(heads) != 1 or {extra.kind for extra in trained} != {"modules_to_save"}:
+        return ""
+    head = heads.pop().rpartition(".")[2]
+    return f"; vLLM 0.33 loads one {head!r} beside the factors of a peft directory (--to peft)" if head in HEADS else ""
+
+
 def _refuse(adapter: Adapter, server: str) -> None:
     problems = Problems(f"properties of the adapter are refused or ignored by {server}")
     for module in adapter.modules:
@@ -86,6 +100,7 @@ def _refuse(adapter: Adapter, server: str) -> None:
             problems.add(
                 f"{server} ignores factors of {last}", module.path, f"{MERGE}, or leave them out with --exclude"
             )
+    cure = f"{MERGE}{_newer(adapter)}" if server == "vllm" else MERGE
     for extra in adapter.extras:
         if extra.kind == "base":
             problems.add(
@@ -93,7 +108,7 @@ def _refuse(adapter: Adapter, server: str) -> None:
             )
         else:
             what = "biases" if extra.kind == "bias" else "whole modules and token rows"
-            problems.add(f"{server} takes no trained {what} beside the factors", extra.name, MERGE)
+            problems.add(f"{server} takes no trained {what} beside the factors", extra.name, cure)
     init = changes_base(adapter.config)
     if init:
         cure = "convert the adapter to plain LoRA in peft first (path_initial_model_for_weight_conversion), or merge it"

@@ -6,7 +6,8 @@ Judged with vllm 0.33.0 (the released wheel's Python sources on the CPU; of its 
 use are stubbed below, and its compiled kernels are absent), torch 2.13.0, transformers 5.23. The adapters are those of
 ``llama_cpp_files``, which peft saved (ranks by pattern, an embedding, a head), and variants of their configs. For each:
 the largest difference between ``lora_b @ lora_a`` after vLLM's own ``optimize`` and ``scaling * B @ A`` as peft
-defines it, relative to the largest element, and a digest of the directory. ``refused``: what vLLM says of others.
+defines it, relative to the largest element, and a digest of the directory. ``peft``: a directory as peft
+writes it, with ranks and alphas by pattern and a trained head. ``refused``: what vLLM says of others.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -123,6 +124,26 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
     return {path: lora.optimize().lora_b.double() @ lora.lora_a.double() for path, lora in model.loras.items()}
 
 
+def with_head(folder: Path) -> tuple[Path, torch.Tensor]:
+    """Return peft's own directory with patterns and a trained head ``score``, and that head."""
+    head = torch.arange(48.0).reshape(3, 16)
+    tensors = load_file(source("alphas", folder) / "adapter_model.safetensors")
+    save_file({**tensors, "base_model.model.score.weight": head}, folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8")) | {"modules_to_save": ["score"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    return folder, head
+
+
+def loaded_head(folder: Path) -> torch.Tensor:
+    """Let vLLM read the directory; returns the whole module that it found."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    helper = PEFTHelper.from_local_dir(str(folder), max_position_embeddings=None)
+    model = LoRAModel.from_lora_tensors(1, load_file(folder / "adapter_model.safetensors"), helper, device="cpu")
+    return model.modules_to_save["score"].weight
+
+
 def said(more: dict[str, object], folder: Path) -> str:
     """Return what vLLM says of a config."""
     from vllm.config.lora import LoRAConfig
@@ -147,6 +168,11 @@ def main() -> None:
             worst = max(float((found[path] - wanted[path]).abs().max() / wanted[path].abs().max()) for path in wanted)
             judged[case] = {"difference": worst, "modules": len(found), "digest": digest(folder)}
             print(case, judged[case])
+        folder, head = with_head(Path(scratch) / "head")
+        found, wanted = loaded(folder), expected(Path(scratch) / "alphas_peft")
+        worst = max(float((found[path] - wanted[path]).abs().max() / wanted[path].abs().max()) for path in wanted)
+        judged["peft"] = {"difference": worst, "head": torch.equal(loaded_head(folder), head)}
+        print(judged["peft"])
         judged["refused"] = {name: said(more, Path(scratch) / name) for name, more in REFUSED.items()}
         print(judged["refused"])
     (HERE / "vllm_judged.json").write_text(json.dumps(judged, indent=1) + "\n", "utf-8")
@@ -154,4 +180,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, Absent())  # type: ignore[arg-type]
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    vllm.platforms._current_platform = CpuPlatform()  # the wheel for CUDA does not look for CPUs
     main()
