@@ -190,7 +190,8 @@ class _Sorting:
         self._facts = facts
         self._problems = problems
         self._side: SideName = "hf" if pair.names == "hf" else "ms"
-        self._index = _index(pair, self._side)
+        self._tables = _tables(pair, self._side)
+        self._indexes = [Index(table, self._side, table.prefix(self._side).answers) for table in self._tables]
         self.warnings: list[str] = []
 
     def sort(self, changed: Sequence[Extra]) -> tuple[tuple[Changed, ...], tuple[Extra, ...]]:
@@ -255,20 +256,26 @@ class _Sorting:
         return "embedding" if table else "linear"
 
     def _slot(self, path: str) -> Slot | None:
-        hits = self._index.find(path) if self._index is not None else []
-        return next((hit.what for hit in hits if isinstance(hit.what, Slot) and hit.what.field == "module"), None)
+        """Return what the table says of a module; a problem where tables that fit equally well disagree."""
+        found: list[Slot] = []
+        for index in self._indexes:
+            slots = [hit.what for hit in index.find(path) if isinstance(hit.what, Slot) and hit.what.field == "module"]
+            found += slots[:1]
+        said = {(slot.rule.kind, slot.rule.side(self._side).order) for slot in found}
+        if len(said) > 1 and self._facts.get(path, "fan_in_fan_out") is None:
+            fitting = ", ".join(table.family for table in self._tables)
+            self._problems.append(f"{path}: the tables that fit ({fitting}) store it differently; choose with --family")
+        return found[0] if found else None
 
 
-def _index(pair: Pair, side: SideName) -> Index | None:
-    """Return the table that knows the models' names: as told, else the one that fits the config's model_type."""
-    table: Table | None = None
-    if pair.family not in (None, "identity"):
-        table = tables.load_family(pair.family or "", pair.mappings)
-    elif pair.family is None:
-        known = tables.load_tables(pair.mappings)
-        names = [extra.name for extra in pair.tuned.extras]
-        fitting = [known[name] for name in tables.detect_family(known, names, side) if not known[name].identity]
-        model_type = (pair.config or {}).get("model_type")
-        typed = [table for table in fitting if model_type in table.model_types]
-        table = typed[0] if typed else fitting[0] if len(fitting) == 1 else None
-    return Index(table, side, table.prefix(side).answers) if table is not None else None
+def _tables(pair: Pair, side: SideName) -> list[Table]:
+    """Return the tables that know the models' names: as told, else those that fit, the config's model_type deciding."""
+    if pair.family is not None:
+        told = tables.load_family(pair.family, pair.mappings)
+        return [] if told.identity else [told]
+    known = tables.load_tables(pair.mappings)
+    names = [extra.name for extra in pair.tuned.extras]
+    fitting = [known[name] for name in tables.detect_family(known, names, side) if not known[name].identity]
+    model_type = (pair.config or {}).get("model_type")
+    typed = [table for table in fitting if model_type in table.model_types]
+    return typed or fitting

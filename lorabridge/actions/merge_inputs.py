@@ -161,13 +161,8 @@ def additions(given: Opened, base: Adapter, options: MergeOptions) -> list[Addit
         adapter = _with_rows(adapter, kept)
         adapter = of_component(adapter, {extra.name for extra in base.extras}, str(one.path))
         told = named_by(options, one, given.base)
-        named = Named(
-            "hf" if given.origin.name == "hf" else "ms", told.family, told.layout, told.mappings,
-            (given.base.model_config or {}).get("model_type"),
-        )  # fmt: skip
         for part in _on_side(adapter, dialect, base, given, told):
-            stored = oriented(part, (extra.name for extra in base.extras), named)
-            out.append(Addition(stored, weight, str(one.path)))
+            out.append(Addition(_stored(part, base, given, told), weight, str(one.path)))
     return out
 
 
@@ -221,6 +216,17 @@ def _on_side(
         for part in _alike(_tokens_named(adapter, table, side, options))
     ]
     return mapped
+
+
+def _stored(adapter: Adapter, base: Adapter, given: Opened, options: MergeOptions) -> Adapter:
+    """Say how the base stores square weights, where tables do."""
+    known = {extra.name for extra in base.extras}
+    side: SideName = "hf" if given.origin.name == "hf" else "ms"
+    model_type = (given.base.model_config or {}).get("model_type")
+    named = Named(side, options.family, options.layout, options.mappings, model_type)
+    found = oriented(moved_prefix(adapter, known)[0], known, named).modules
+    pairs = zip(adapter.modules, found, strict=True)
+    return replace(adapter, modules=tuple(replace(m, fan_in_fan_out=one.fan_in_fan_out) for m, one in pairs))
 
 
 def _respelled(

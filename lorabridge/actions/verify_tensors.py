@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from ..axes import Expr
 from ..dialects.adapter import Adapter
+from ..families.rules import SideName
+from .storage_order import Named, oriented
 from .verify_case import Case, Progress
 from .verify_conversion import (
     Replanned,
@@ -47,7 +49,7 @@ def verify_tensors(case: Case, options: VerifyOptions, progress: Progress | None
     elif case.record is not None:
         checks, proved = verify_record(case.first, case.second, case.record, options, step)
     else:
-        checks, rows, proved = _merge(case, step)
+        checks, rows, proved = _merge(case, options, step)
     result = DepthResult("tensors", "run", "", proved, checks, rows, time.perf_counter() - started)
     return result if result.ok else replace(result, proved=())
 
@@ -100,13 +102,16 @@ def _both_ways(planned: Replanned, case: Case, step: Step) -> list[Check]:
     return [names, forward, back, *([ties] if ties is not None else [])]
 
 
-def _merge(case: Case, step: Step) -> tuple[tuple[Check, ...], tuple[ModuleRow, ...], tuple[str, ...]]:
+def _merge(
+    case: Case, options: VerifyOptions, step: Step
+) -> tuple[tuple[Check, ...], tuple[ModuleRow, ...], tuple[str, ...]]:
     assert case.base is not None
     adapter = case.route.carry(_weighted(case.first.adapter, case.weight), case.first.names, case.second.names)
     base = case.route.carry(case.base.adapter, case.base.names, case.second.names)
+    merged = _parameters(case.second.adapter)
+    adapter = oriented(adapter, merged, _named(case, options))
     parts = Parts(
-        adapter, case.first.source, _parameters(base), case.base.source,
-        _parameters(case.second.adapter), case.second.source,
+        adapter, case.first.source, _parameters(base), case.base.source, merged, case.second.source
     )  # fmt: skip
     rows = merge_rows(parts, step)
     check = frozen(parts, step)
@@ -114,6 +119,16 @@ def _merge(case: Case, step: Step) -> tuple[tuple[Check, ...], tuple[ModuleRow, 
     if all(row.note == "rounded once" for row in rows):
         proved = ("each element of each merged weight is base + scaling * B A, rounded once to nearest",)
     return (check,), rows, proved
+
+
+def _named(case: Case, options: VerifyOptions) -> Named:
+    """Say whose names the merged checkpoint has: as told, else as its manifest says."""
+    second = case.second
+    family, layout = (None, {}) if second.kept is None else second.kept.named
+    config = second.given.model_config or (case.base.given.model_config if case.base is not None else None) or {}
+    layout = {**(layout if options.family in (None, family) else {}), **options.layout}
+    side: SideName = "hf" if second.names == "hf" else "ms"
+    return Named(side, options.family or family, layout, options.mappings, config.get("model_type"))
 
 
 def _weighted(adapter: Adapter, weight: float) -> Adapter:
