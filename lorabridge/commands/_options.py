@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar, cast
 
 import click
 
-from ._values import FACTS, LOCATION, facts
+from ._values import FACTS, LOCATION, Size, facts, matching_families
 
 if TYPE_CHECKING:
     from ..dialects.adapter import Facts
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., object])
 
 OUTPUT = ("json", "quiet", "verbose", "no_progress")
+CHECKPOINT_OUT = "A file, whose suffix decides the container (.safetensors, .bin/.pt, .ckpt), or a directory."
+ADAPTER_OUT = "A directory, or a file whose suffix decides the container."
 FACT_HELP = {
     "alpha": ("[PATTERN=]NUMBER", "The adapter's alpha (scaling is alpha / rank)."),
     "rank": ("[PATTERN=]R", "The adapter's rank."),
@@ -224,18 +227,79 @@ fact_options = facts_for(*FACTS)
 """Every statement about modules."""
 
 
-def target_options(command: F) -> F:
-    """Add what every command that writes one checkpoint takes: --workers, --dry-run, --overwrite."""
-    for option in (
-        click.option("--overwrite", is_flag=True, help="Replace the output, in one step, if it exists."),
-        click.option("-n", "--dry-run", is_flag=True, help="Do everything but writing, and report."),
-        click.option(
-            "--workers", metavar="N", type=click.IntRange(min=0, max=256), default=0, envvar="LORABRIDGE_WORKERS",
-            help="Threads; by default one per CPU, at most 8. The output does not depend on it.",
-        ),
-    ):  # fmt: skip
-        command = option(command)
-    return command
+def writing_options(dry: str, replaced: str) -> Callable[[F], F]:
+    """Add --workers, --dry-run and --overwrite. ``dry``: what a dry run does; ``replaced``: what is overwritten."""
+
+    def add(command: F) -> F:
+        for option in (
+            click.option("--overwrite", is_flag=True, help=f"Replace {replaced}, in one step, if it exists."),
+            click.option("-n", "--dry-run", is_flag=True, help=dry),
+            click.option(
+                "--workers", metavar="N", type=click.IntRange(min=0, max=256), default=0, envvar="LORABRIDGE_WORKERS",
+                help="Threads; by default one per CPU, at most 8. The output does not depend on it.",
+            ),
+        ):  # fmt: skip
+            command = option(command)
+        return command
+
+    return add
+
+
+target_options = writing_options("Do everything but writing, and report.", "the output")
+"""How a command writes whose work is done by a dry run too."""
+
+
+def planned_options(target: str) -> Callable[[F], F]:
+    """Add how a command writes that plans everything from headers."""
+    return writing_options("Plan and report; write nothing.", target)
+
+
+def model_options(split: str) -> Callable[[F], F]:
+    """Add --max-shard-size, which ``split`` explains, and --crc."""
+
+    def add(command: F) -> F:
+        command = click.option("--crc", is_flag=True, help="Write MindSpore's CRC trailer into a .ckpt.")(command)
+        return click.option("--max-shard-size", metavar="SIZE", type=Size(), help=split)(command)
+
+    return add
+
+
+def selection_options(only: str, never: str) -> Callable[[F], F]:
+    """Add --include and --exclude; both say what happens to "what matches"."""
+
+    def add(command: F) -> F:
+        for name, said in (("--exclude", never), ("--include", f"{only} only")):
+            said = f"{said} what matches. May be repeated."
+            command = click.option(name, metavar="GLOB", multiple=True, help=said)(command)
+        return command
+
+    return add
+
+
+def table_options(
+    config: str, *, family: str = "Table of module names, where frameworks differ.", example: str | None = None
+) -> Callable[[F], F]:
+    """Add --family, --config and --layout. ``config``: what that file is; ``example``: a choice of a layout."""
+    layout = "A choice that the table asks for."
+    if example is not None:
+        layout = f"A choice that a table asks for, such as {example}. May be repeated."
+
+    def add(command: F) -> F:
+        for option in (
+            click.option("--layout", metavar="KEY=VALUE", multiple=True, help=layout),
+            click.option("--config", metavar="FILE", type=LOCATION, help=config),
+            click.option("--family", metavar="NAME", shell_complete=matching_families, help=family),
+        ):
+            command = option(command)
+        return command
+
+    return add
+
+
+def keep_blas_single() -> None:
+    """Keep BLAS, when numpy is loaded, from starting threads: lorabridge's own share the work already."""
+    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
 
 
 def key_option(command: F) -> F:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from ..files.placeholders import spoken
 from ..reports import plain
@@ -66,6 +66,22 @@ def write(stream: TextIO | None, text: str, *, label: str = "", code: str = "") 
     stream.write(f"{label}{text}\n")
 
 
+class Written(Protocol):
+    """What a report says about the writing of one output."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+
+    @property
+    def seconds(self) -> float:
+        """How long everything took."""
+
+    @property
+    def dry_run(self) -> bool:
+        """Nothing was written."""
+
+
 @dataclass(frozen=True)
 class Output:
     """Print one command's result in the form that its options ask for.
@@ -92,6 +108,21 @@ class Output:
         """Print the one line that says what was done; not under --quiet."""
         if not self.json and not self.quiet:
             write(sys.stdout, text)
+
+    def wrote(self, what: str, done: Written) -> None:
+        """Print the line that says what was written, with its size and, where it was, the time."""
+        line = f"{plain.escape(what)} ({plain.size(done.nbytes)})"
+        self.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
+
+    def left_out(self, rows: Iterable[tuple[str, str]]) -> None:
+        """Print which tensors were left out, and why."""
+        for name, why in rows:
+            self.result(plain.escape(f"left out: {name} ({why})"))
+
+    def notes(self, texts: Iterable[str]) -> None:
+        """Print what is good to know; not under --quiet."""
+        for text in texts:
+            self.hint(text, label="note: ")
 
     def warn(self, texts: Iterable[str]) -> None:
         """Print warnings, under --quiet too: they say what the user must know."""

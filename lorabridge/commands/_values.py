@@ -116,6 +116,12 @@ def known_family(name: str, mappings: Path | None, *, hint: str) -> str:
     return name
 
 
+def check_family(name: str | None, mappings: Path | None) -> None:
+    """Refuse what --family names where no table is called so, as :func:`known_family` does."""
+    if name is not None:
+        known_family(name, mappings, hint="--family")
+
+
 def matching_families(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Return the families that begin as typed, for the shell."""
     from ..families.tables import family_names

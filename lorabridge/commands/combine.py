@@ -8,10 +8,21 @@ import click
 
 from ..reports import plain
 from ._group import Command, Manual, documented
-from ._options import facts_for, mappings_option, output_options, progress_option, ranks_options, target_options
+from ._options import (
+    ADAPTER_OUT,
+    OUTPUT,
+    facts_for,
+    mappings_option,
+    output_options,
+    progress_option,
+    ranks_options,
+    selection_options,
+    table_options,
+    target_options,
+)
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import LOCATION, Name, dialects, facts, known_family, pairs, weights
+from ._values import LOCATION, Name, check_family, dialects, facts, pairs, weights
 
 METHODS = (
     "cat", "linear", "svd", "ties", "dare", "dare_linear", "dare_ties", "magnitude_prune", "ties_svd", "dare_svd",
@@ -23,7 +34,7 @@ METHODS = (
     Manual(
         arguments={
             "ADAPTER...": "Two adapters or more, in any container and dialect.",
-            "OUT": "A directory, or a file whose suffix decides the container.",
+            "OUT": ADAPTER_OUT,
         },
         groups={
             "How to combine": ("method", "weight", "rank", "energy", "density", "majority_sign", "seed", "dtype"),
@@ -32,7 +43,7 @@ METHODS = (
             "Ranks": ("strategies", "steps"),
             "Selection": ("include", "exclude"),
             "Writing": ("workers", "dry_run", "overwrite"),
-            "Output": ("json", "quiet", "verbose", "no_progress"),
+            "Output": OUTPUT,
         },
         examples=(
             "lorabridge combine math/ code/ both/ --weights 0.7,0.3",
@@ -63,15 +74,11 @@ METHODS = (
 @click.option("--dtype", metavar="DTYPE", help="Type of the written factors; by default the inputs' widest.")
 @click.option("--to", "target_dialect", type=Name("dialect", dialects), metavar="DIALECT",
               help="Dialect of OUT; by default the first adapter's.")  # fmt: skip
-@click.option("--family", metavar="NAME", help="Table of module names, where frameworks differ.")
-@click.option("--config", metavar="FILE", type=LOCATION,
-              help="config.json of the base model, where the table needs its sizes.")  # fmt: skip
-@click.option("--layout", metavar="KEY=VALUE", multiple=True, help="A choice that the table asks for.")
+@table_options("config.json of the base model, where the table needs its sizes.")
 @mappings_option
 @facts_for("alpha", "use_rslora", "fan_in_fan_out", "enable_lora")
 @ranks_options(ADAPTER="sources")
-@click.option("--include", metavar="GLOB", multiple=True, help="Combine only what matches. May be repeated.")
-@click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out what matches. May be repeated.")
+@selection_options("Combine", "Leave out")
 @target_options
 @output_options
 @progress_option
@@ -89,8 +96,7 @@ def combine(
     lies, module by module.
     """
     out = Output("combine", json, quiet, verbose)
-    if family is not None:
-        known_family(family, mappings, hint="--family")
+    check_family(family, mappings)
     stated = {"alpha": alpha, "use_rslora": use_rslora, "fan_in_fan_out": fan_in_fan_out, "enable_lora": enable_lora}
     from ..actions.combine import CombineOptions
     from ..actions.combine import combine as run
@@ -107,8 +113,7 @@ def combine(
     if json:
         out.document(done.as_json())
         return
-    line = f"{plain.escape(done.summary())} ({plain.size(done.nbytes)})"
-    out.summary(line if dry_run else f"{line} in {done.seconds:.1f} s")
+    out.wrote(done.summary(), done)
     if verbose:
         out.result(plain.table(HEADER, done.rows(), right="  rrrr", width=width()))
     else:
@@ -117,5 +122,4 @@ def combine(
             out.hint(f"the deltas lie up to {max(off):.2g} of their norm off the weighted sum; -v lists them",
                      label="note: ")  # fmt: skip
     out.warn(done.warnings)
-    for note in done.notes:
-        out.hint(note, label="note: ")
+    out.notes(done.notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
@@ -11,6 +12,8 @@ import click
 from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import (
+    CHECKPOINT_OUT,
+    OUTPUT,
     NamedGiven,
     ShownGiven,
     StatedGiven,
@@ -20,11 +23,15 @@ from ._options import (
     fact_options,
     key_option,
     mappings_option,
+    model_options,
     output_options,
+    planned_options,
     progress_option,
+    selection_options,
     stated,
     step_option,
     strategy_option,
+    table_options,
 )
 from ._progress import Progress
 from ._terminal import Output, width
@@ -33,18 +40,18 @@ from ._values import (
     LOCATION,
     Name,
     Naming,
-    Size,
+    check_family,
     dialects,
     is_fact,
     is_tolerance_or_rank,
-    known_family,
-    matching_families,
     pairs,
 )
 
 if TYPE_CHECKING:
     from ..actions.choices import ConvertOptions
     from ..actions.convert_report import ConvertReport, RoundingRow
+
+    Action = Callable[..., ConvertReport]
 
 COMPRESS_LOSSLESS = "1e-6"
 """What --compress without a value means: the smallest rank whose relative error stays below this."""
@@ -79,7 +86,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
     Manual(
         arguments={
             "SRC": "A checkpoint file, a sharded set's index, or a directory (peft adapter, model).",
-            "DST": "A file, whose suffix decides the container (.safetensors, .bin/.pt, .ckpt), or a directory.",
+            "DST": CHECKPOINT_OUT,
         },
         groups={
             "From and to": ("source_dialect", "target_dialect", "family", "config", "layout", "mappings"),
@@ -90,7 +97,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
             "Encrypted checkpoints": ("key_file", "encrypt", "new_key_file"),
             "Ranks": ("strategies", "step", "check_replicas"),
             "Machines": ("engine", "address"),
-            "Output": ("json", "quiet", "verbose", "no_progress"),
+            "Output": OUTPUT,
         },
         examples=(
             "lorabridge convert peft_adapter/ out.ckpt",
@@ -117,17 +124,14 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
 )
 @click.option("--to", "--for", "target_dialect", type=Name("dialect", dialects), metavar="DIALECT",
               help="Dialect of DST; by default what DST's container calls for.")  # fmt: skip
-@click.option("--family", metavar="NAME", shell_complete=matching_families,
-              help="Table of module names to go through; see `lorabridge tables list`.")  # fmt: skip
-@click.option("--config", metavar="FILE", type=LOCATION,
-              help="adapter_config.json, the yaml of a MindFormers run, or the model's config.json, where it is not "
-              "beside SRC.")  # fmt: skip
-@click.option("--layout", metavar="KEY=VALUE", multiple=True,
-              help="A choice that a table asks for, such as qkv=grouped. May be repeated.")  # fmt: skip
+@table_options(
+    "adapter_config.json, the yaml of a MindFormers run, or the model's config.json, where it is not beside SRC.",
+    family="Table of module names to go through; see `lorabridge tables list`.",
+    example="qkv=grouped",
+)
 @mappings_option
 @fact_options
-@click.option("--include", metavar="GLOB", multiple=True, help="Convert only what matches. May be repeated.")
-@click.option("--exclude", metavar="GLOB", multiple=True, help="Do not convert what matches. May be repeated.")
+@selection_options("Convert", "Do not convert")
 @click.option("--layers", metavar="SET", help="Convert only these layers: 0-11, 0-11:2, 0,3,8-10.")
 @click.option("--adapter-only", is_flag=True, help="Leave the base weights in a full checkpoint out.")
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors: fp32, fp16, bf16 ...; rounds once.")
@@ -138,17 +142,13 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
               "--dtype. The way back is not to float8.")  # fmt: skip
 @click.option("--compress", metavar="[TOL|RANK]",
               help="Reduce ranks by SVD to a relative error or to a rank; alone, to 1e-6.")  # fmt: skip
-@click.option("--max-shard-size", metavar="SIZE", type=Size(), help="Split the output: 5GB, 500MiB ...")
-@click.option("--crc", is_flag=True, help="Write MindSpore's CRC trailer into a .ckpt.")
+@model_options("Split the output: 5GB, 500MiB ...")
 @key_option
 @click.option("--encrypt", metavar="MODE", type=click.Choice(["aes-gcm", "aes-cbc", "sm4-cbc"]),
               help="Encrypt a .ckpt as MindSpore's enc_key does: aes-gcm, aes-cbc, sm4-cbc.")  # fmt: skip
 @click.option("--new-key-file", metavar="FILE", type=LOCATION,
               help="Key to encrypt with, where it is not that of --key-file.")  # fmt: skip
-@click.option("--workers", metavar="N", type=click.IntRange(min=0, max=256), default=0, envvar="LORABRIDGE_WORKERS",
-              help="Threads; by default one per CPU, at most 8. The output does not depend on it.")  # fmt: skip
-@click.option("-n", "--dry-run", is_flag=True, help="Plan and report; write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace DST, in one step, if it exists.")
+@planned_options("DST")
 @strategy_option()
 @step_option
 @check_replicas_option
@@ -161,13 +161,21 @@ def convert(source: Path, target: str, **given: Unpack[Given]) -> None:
     Exact in both directions; all of DST appears or none of it. A statement about modules is VALUE for all of them or
     PATTERN=VALUE for those whose path matches the glob PATTERN, and may be repeated.
     """
-    out = Output("convert", given["json"], given["quiet"], given["verbose"])
-    if given["family"] is not None:
-        known_family(given["family"], given["mappings"], hint="--family")
-    options = options_of(given)
-    from ..actions.convert import convert as run
 
-    with Progress("converting", enabled=not (given["no_progress"] or given["quiet"])) as progress:
+    def action() -> Action:
+        from ..actions.convert import convert as run
+
+        return run
+
+    conduct("convert", "converting", action, source, target, given)
+
+
+def conduct(command: str, doing: str, action: Callable[[], Action], source: Path, target: str, given: Given) -> None:
+    """Run what takes the options of a conversion, and print its report; ``action`` imports it once they are read."""
+    out = Output(command, given["json"], given["quiet"], given["verbose"])
+    check_family(given["family"], given["mappings"])
+    options, run = _options(given), action()
+    with Progress(doing, enabled=not (given["no_progress"] or given["quiet"])) as progress:
         done = run(source, target, options, progress=progress)
     if out.json:
         out.document(done.as_json())
@@ -175,8 +183,7 @@ def convert(source: Path, target: str, **given: Unpack[Given]) -> None:
     show(out, done)
 
 
-def options_of(given: Given) -> ConvertOptions:
-    """Return what the options ask for."""
+def _options(given: Given) -> ConvertOptions:
     from ..actions.choices import ConvertOptions
     from ..conversion.engines import Engine
 
@@ -196,8 +203,7 @@ def options_of(given: Given) -> ConvertOptions:
 
 def show(out: Output, done: ConvertReport) -> None:
     """Print what a conversion did: one line, more with -v, and what the user must know."""
-    line = f"{plain.escape(done.summary())} ({plain.size(done.nbytes)})"
-    out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
+    out.wrote(done.summary(), done)
     if out.verbose:
         rows = [(m.path, m.kind, plain.number(m.rank), plain.number(m.alpha), plain.number(m.scaling), m.features)
                 for m in done.modules]  # fmt: skip

@@ -8,10 +8,20 @@ import click
 
 from ..reports import plain
 from ._group import Command, Manual, documented
-from ._options import facts_for, key_option, mappings_option, output_options, progress_option, ranks_options
+from ._options import (
+    OUTPUT,
+    facts_for,
+    key_option,
+    mappings_option,
+    output_options,
+    progress_option,
+    ranks_options,
+    selection_options,
+    table_options,
+)
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import LOCATION, Name, dialects, facts, known_family, pairs
+from ._values import LOCATION, Name, check_family, dialects, facts, pairs
 
 SHOWN = 20
 """Rows that are shown without -v."""
@@ -37,7 +47,7 @@ SHOWN = 20
                 "kind",
             ),
             "Ranks": ("strategies", "steps"),
-            "Output": ("json", "quiet", "verbose", "no_progress"),
+            "Output": OUTPUT,
         },
         examples=(
             "lorabridge diff adapter/ out.ckpt",
@@ -51,14 +61,10 @@ SHOWN = 20
 @click.argument("second", metavar="B", type=LOCATION)
 @click.option("--tolerance", metavar="SHARE", type=click.FloatRange(0, 1),
               help="Relative error (Frobenius norm) up to which a tensor or delta counts as the same.")  # fmt: skip
-@click.option("--include", metavar="GLOB", multiple=True, help="Compare only what matches. May be repeated.")
-@click.option("--exclude", metavar="GLOB", multiple=True, help="Do not compare what matches. May be repeated.")
+@selection_options("Compare", "Do not compare")
 @click.option("--from", "source_dialect", type=Name("dialect", dialects), metavar="DIALECT", help="Dialect of A.")
 @click.option("--to", "target_dialect", type=Name("dialect", dialects), metavar="DIALECT", help="Dialect of B.")
-@click.option("--family", metavar="NAME", help="Table of module names, where frameworks differ.")
-@click.option("--config", metavar="FILE", type=LOCATION,
-              help="adapter_config.json or config.json, where it is not beside the files.")  # fmt: skip
-@click.option("--layout", metavar="KEY=VALUE", multiple=True, help="A choice that the table asks for.")
+@table_options("adapter_config.json or config.json, where it is not beside the files.")
 @mappings_option
 @key_option
 @facts_for("alpha", "use_rslora", "fan_in_fan_out", "enable_lora", "kind")
@@ -79,8 +85,7 @@ def diff(
     have other shapes or scalings by their deltas. The exit code is 0 where all is the same, 1 where something differs.
     """
     out = Output("diff", json, quiet, verbose)
-    if family is not None:
-        known_family(family, mappings, hint="--family")
+    check_family(family, mappings)
     stated = {"alpha": alpha, "use_rslora": use_rslora, "fan_in_fan_out": fan_in_fan_out,
               "enable_lora": enable_lora, "kind": kind}  # fmt: skip
     from ..actions.diff import DiffOptions

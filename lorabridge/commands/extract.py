@@ -8,10 +8,21 @@ import click
 
 from ..reports import plain
 from ._group import Command, Manual, documented
-from ._options import facts_for, mappings_option, output_options, progress_option, ranks_options, target_options
+from ._options import (
+    ADAPTER_OUT,
+    OUTPUT,
+    facts_for,
+    mappings_option,
+    output_options,
+    progress_option,
+    ranks_options,
+    selection_options,
+    table_options,
+    target_options,
+)
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import LOCATION, Name, dialects, facts, known_family, pairs
+from ._values import LOCATION, Name, check_family, dialects, facts, pairs
 
 
 @documented(
@@ -19,7 +30,7 @@ from ._values import LOCATION, Name, dialects, facts, known_family, pairs
         arguments={
             "BASE": "The model before training: a file, a sharded set's index, or a directory.",
             "TUNED": "The model after training.",
-            "OUT": "A directory, or a file whose suffix decides the container.",
+            "OUT": ADAPTER_OUT,
         },
         groups={
             "How much to keep": ("rank", "energy", "seed", "dtype"),
@@ -27,7 +38,7 @@ from ._values import LOCATION, Name, dialects, facts, known_family, pairs
             "Ranks": ("strategies", "steps"),
             "To": ("target_dialect", "family", "config", "layout", "mappings"),
             "Writing": ("workers", "dry_run", "overwrite"),
-            "Output": ("json", "quiet", "verbose", "no_progress"),
+            "Output": OUTPUT,
         },
         examples=(
             "lorabridge extract base/ tuned/ adapter/ --rank 16",
@@ -46,17 +57,13 @@ from ._values import LOCATION, Name, dialects, facts, known_family, pairs
 @click.option("--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True,
               help="Of the random sketches of large matrices.")  # fmt: skip
 @click.option("--dtype", metavar="DTYPE", default="float32", show_default=True, help="Type of the factors.")
-@click.option("--include", metavar="GLOB", multiple=True, help="Compare only what matches. May be repeated.")
-@click.option("--exclude", metavar="GLOB", multiple=True, help="Do not compare what matches. May be repeated.")
+@selection_options("Compare", "Do not compare")
 @click.option("--save", metavar="GLOB", multiple=True,
               help="Take changed modules that match over whole (modules_to_save). May be repeated.")  # fmt: skip
 @facts_for("kind", "fan_in_fan_out")
 @click.option("--to", "target_dialect", type=Name("dialect", dialects), metavar="DIALECT",
               help="Dialect of OUT; by default peft, or loralib-ms for MindSpore.")  # fmt: skip
-@click.option("--family", metavar="NAME", help="Table of module names, where frameworks differ.")
-@click.option("--config", metavar="FILE", type=LOCATION,
-              help="The model's config.json, where it is not beside the models.")  # fmt: skip
-@click.option("--layout", metavar="KEY=VALUE", multiple=True, help="A choice that the table asks for.")
+@table_options("The model's config.json, where it is not beside the models.")
 @mappings_option
 @ranks_options(BASE="base", TUNED="tuned")
 @target_options
@@ -75,8 +82,7 @@ def extract(
     biases go into the adapter whole; what no adapter can hold is an error that lists it.
     """
     out = Output("extract", json, quiet, verbose)
-    if family is not None:
-        known_family(family, mappings, hint="--family")
+    check_family(family, mappings)
     stated = facts({"kind": kind, "fan_in_fan_out": fan_in_fan_out}.items())
     from ..actions.extract import ExtractOptions
     from ..actions.extract import extract as run
@@ -92,14 +98,12 @@ def extract(
     if json:
         out.document(done.as_json())
         return
-    line = f"{plain.escape(done.summary())} ({plain.size(done.nbytes)})"
-    out.summary(line if dry_run else f"{line} in {done.seconds:.1f} s")
+    out.wrote(done.summary(), done)
     if verbose:
         out.result(plain.table(HEADER, done.rows(), right="   rrrr", width=width()))
         for name in done.beside:
             out.result(f"taken over whole: {plain.escape(name)}")
-        for name, why in done.left_out:
-            out.result(plain.escape(f"left out: {name} ({why})"))
+        out.left_out(done.left_out)
     elif done.modules:
         worst = min(done.modules, key=lambda row: row.energy)
         out.hint(f"least retained: {100 * worst.energy:.4g} % of {worst.path} (rank {worst.rank}); -v lists all",
@@ -107,5 +111,4 @@ def extract(
     if done.left_out and not verbose:
         out.hint(f"{plain.count(len(done.left_out), 'tensor')} left out; -v lists them", label="note: ")
     out.warn(done.warnings)
-    for note in done.notes:
-        out.hint(note, label="note: ")
+    out.notes(done.notes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
@@ -12,22 +11,28 @@ import click
 from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import (
+    CHECKPOINT_OUT,
+    OUTPUT,
     NamedGiven,
     ShownGiven,
     StatedGiven,
     WrittenGiven,
     engine_options,
     fact_options,
+    keep_blas_single,
     key_option,
     mappings_option,
+    model_options,
     output_options,
+    planned_options,
     progress_option,
     ranks_options,
     stated,
+    table_options,
 )
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import FACTS, LOCATION, Name, Size, dialects, known_family, pairs, real
+from ._values import FACTS, LOCATION, Name, check_family, dialects, pairs, real
 
 if TYPE_CHECKING:
     from ..actions.merge import MergeOptions
@@ -54,7 +59,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
         arguments={
             "BASE": "The base model: a file, a sharded set's index, or a directory, of either framework.",
             "ADAPTER...": "One or more adapters: files or peft directories, of any dialect.",
-            "OUT": "A file, whose suffix decides the container (.safetensors, .bin/.pt, .ckpt), or a directory.",
+            "OUT": CHECKPOINT_OUT,
         },
         groups={
             "From and to": ("adapter_dialect", "target_dialect", "family", "config", "layout", "mappings", "key_file"),
@@ -63,7 +68,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
             "Ranks": ("strategies", "steps"),
             "Writing": ("undo", "max_shard_size", "crc", "workers", "dry_run", "overwrite"),
             "Machines": ("engine", "address"),
-            "Output": ("json", "quiet", "verbose", "no_progress"),
+            "Output": OUTPUT,
         },
         examples=(
             "lorabridge merge llama/ style/ facts/ merged/ --weights 0.7,1",
@@ -81,12 +86,11 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
               help="Dialect of the adapters, where detection is wrong or cannot decide.")  # fmt: skip
 @click.option("--to", "target_dialect", type=Name("dialect", dialects), metavar="hf|ms",
               help="Names of OUT; by default the base's, or those that OUT's container calls for.")  # fmt: skip
-@click.option("--family", metavar="NAME",
-              help="Table of module names, where base, adapter and OUT are not all of one framework.")  # fmt: skip
-@click.option("--config", metavar="FILE", type=LOCATION,
-              help="The model's config.json or an adapter_config.json, where it is not beside its file.")  # fmt: skip
-@click.option("--layout", metavar="KEY=VALUE", multiple=True,
-              help="A choice that a table asks for, such as qkv_concat=grouped. May be repeated.")  # fmt: skip
+@table_options(
+    "The model's config.json or an adapter_config.json, where it is not beside its file.",
+    family="Table of module names, where base, adapter and OUT are not all of one framework.",
+    example="qkv_concat=grouped",
+)
 @mappings_option
 @key_option
 @fact_options
@@ -100,12 +104,8 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
               help="Go on where the adapter records another base: the result may be worth nothing.")  # fmt: skip
 @click.option("--undo", metavar="FILE", type=LOCATION,
               help="Write what rounding loses, so that `lorabridge unmerge` gives BASE's bits back.")  # fmt: skip
-@click.option("--max-shard-size", metavar="SIZE", type=Size(), help="Split OUT: 5GB ...; by default as BASE is split.")
-@click.option("--crc", is_flag=True, help="Write MindSpore's CRC trailer into a .ckpt.")
-@click.option("--workers", metavar="N", type=click.IntRange(min=0, max=256), default=0, envvar="LORABRIDGE_WORKERS",
-              help="Threads; by default one per CPU, at most 8. The output does not depend on it.")  # fmt: skip
-@click.option("-n", "--dry-run", is_flag=True, help="Plan and report; write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT, in one step, if it exists.")
+@model_options("Split OUT: 5GB ...; by default as BASE is split.")
+@planned_options("OUT")
 @engine_options
 @output_options
 @progress_option
@@ -116,10 +116,8 @@ def merge(base: Path, adapters: tuple[Path, ...], target: str, **given: Unpack[G
     statement about modules is VALUE for all of them or PATTERN=VALUE for those whose path matches the glob PATTERN.
     """
     out = Output("merge", given["json"], given["quiet"], given["verbose"])
-    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # read when numpy loads; the work is shared already
-        os.environ.setdefault(variable, "1")
-    if given["family"] is not None:
-        known_family(given["family"], given["mappings"], hint="--family")
+    keep_blas_single()
+    check_family(given["family"], given["mappings"])
     options = _options(given)
     from ..actions.merge import merge as run
 
@@ -157,8 +155,7 @@ def read_weights(given: str | None) -> tuple[float, ...]:
 
 
 def _show(out: Output, done: MergeReport) -> None:
-    line = f"{plain.escape(done.summary())} ({plain.size(done.nbytes)})"
-    out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
+    out.wrote(done.summary(), done)
     if done.undo is not None:
         out.summary(plain.escape(done.undo.sentence()))
     if done.rows:
@@ -171,13 +168,11 @@ def _show(out: Output, done: MergeReport) -> None:
         if rows:
             header = ("parameter", "delta/weight", "changed", "vanished", "error")
             out.result(plain.table(header, rows, right=" rrrr", width=width()))
-        for name, why in done.left_out:
-            out.result(plain.escape(f"left out: {name} ({why})"))
+        out.left_out(done.left_out)
         for name in done.replaced:
             out.result(plain.escape(f"replaced: {name}"))
     out.warn(done.warnings)
-    for note in done.notes:
-        out.hint(note, label="note: ")
+    out.notes(done.notes)
     if done.not_carried:
         out.hint(f"not carried: {', '.join(done.not_carried)}", label="note: ")
     if not done.dry_run:

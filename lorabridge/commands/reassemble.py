@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from ._group import Command, Manual, documented
-from ._progress import Progress
-from ._terminal import Output
-from ._values import known_family
-from .convert import Given, convert, options_of, show
+from ._options import CHECKPOINT_OUT
+from .convert import Given, conduct, convert
+
+if TYPE_CHECKING:
+    from .convert import Action
 
 
 @documented(
     Manual(
         arguments={
             "SRC": "A directory that ranks wrote: rank_0, rank_1 ...",
-            "DST": "A file, whose suffix decides the container (.safetensors, .bin/.pt, .ckpt), or a directory.",
+            "DST": CHECKPOINT_OUT,
         },
         groups={"Ranks": convert.manual.groups["Ranks"], **convert.manual.groups},
         examples=(
@@ -35,15 +36,10 @@ def reassemble(source: Path, target: str, **given: Unpack[Given]) -> None:
     Names stay as they are; --to, --family and all that `lorabridge convert` takes change them in the same pass. What
     no rank holds, what replicas disagree on and what does not fit the strategy is an error, and nothing is written.
     """
-    out = Output("reassemble", given["json"], given["quiet"], given["verbose"])
-    if given["family"] is not None:
-        known_family(given["family"], given["mappings"], hint="--family")
-    options = options_of(given)
-    from ..actions.reassemble import reassemble as run
 
-    with Progress("reassembling", enabled=not (given["no_progress"] or given["quiet"])) as progress:
-        done = run(source, target, options, progress=progress)
-    if out.json:
-        out.document(done.as_json())
-        return
-    show(out, done)
+    def action() -> Action:
+        from ..actions.reassemble import reassemble as run
+
+        return run
+
+    conduct("reassemble", "reassembling", action, source, target, given)

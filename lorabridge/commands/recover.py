@@ -8,10 +8,10 @@ import click
 
 from ..reports import plain
 from ._group import Command, Manual, documented
-from ._options import facts_for, mappings_option, output_options, progress_option, ranks_options
+from ._options import OUTPUT, facts_for, mappings_option, output_options, progress_option, ranks_options, table_options
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import LOCATION, facts, known_family, pairs
+from ._values import LOCATION, check_family, facts, pairs
 
 SHOWN = 12
 """Modules that are shown without -v."""
@@ -27,7 +27,7 @@ SHOWN = 12
         groups={
             "What is known": ("config", "family", "layout", "mappings", "alpha", "use_rslora", "enable_lora"),
             "Ranks": ("strategies", "steps"),
-            "Output": ("json", "quiet", "verbose", "no_progress"),
+            "Output": OUTPUT,
         },
         examples=(
             "lorabridge recover base.safetensors merged.safetensors lora.pt",
@@ -39,10 +39,7 @@ SHOWN = 12
 @click.argument("base", metavar="BASE", type=LOCATION)
 @click.argument("merged", metavar="MERGED", type=LOCATION)
 @click.argument("adapter", metavar="ADAPTER", type=LOCATION)
-@click.option("--config", metavar="FILE", type=LOCATION,
-              help="adapter_config.json, where it is not beside ADAPTER.")  # fmt: skip
-@click.option("--family", metavar="NAME", help="Table of module names, where frameworks differ.")
-@click.option("--layout", metavar="KEY=VALUE", multiple=True, help="A choice that the table asks for.")
+@table_options("adapter_config.json, where it is not beside ADAPTER.")
 @mappings_option
 @facts_for("alpha", "use_rslora", "enable_lora")
 @ranks_options(BASE="base", MERGED="merged", ADAPTER="adapter")
@@ -60,8 +57,7 @@ def recover(
     delta was added, each with the residual that supports it. The exit code is 1 where nothing fits.
     """
     out = Output("recover", json, quiet, verbose)
-    if family is not None:
-        known_family(family, mappings, hint="--family")
+    check_family(family, mappings)
     stated = facts({"alpha": alpha, "use_rslora": use_rslora, "enable_lora": enable_lora}.items())
     from ..actions.recover import RecoverOptions
     from ..actions.recover import recover as run

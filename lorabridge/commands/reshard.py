@@ -10,9 +10,11 @@ import click
 from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import (
+    OUTPUT,
     check_replicas_option,
     engine_options,
     output_options,
+    planned_options,
     progress_option,
     step_option,
     strategy_option,
@@ -65,7 +67,7 @@ class Given(TypedDict):
             "To something else": ("dcp", "shards", "max_shard_size"),
             "Writing": ("workers", "dry_run", "overwrite"),
             "Machines": ("engine", "address"),
-            "Output": ("json", "quiet", "verbose", "no_progress"),
+            "Output": OUTPUT,
         },
         examples=(
             "lorabridge reshard llama.safetensors ranks/ --tp 4 --pp 2",
@@ -98,10 +100,7 @@ class Given(TypedDict):
 @click.option(
     "--max-shard-size", metavar="SIZE", type=Size(), help="The same, with a most of bytes per file: 5GB, 500MiB ..."
 )
-@click.option("--workers", metavar="N", type=click.IntRange(min=0, max=256), default=0, envvar="LORABRIDGE_WORKERS",
-              help="Threads; by default one per CPU, at most 8. The output does not depend on it.")  # fmt: skip
-@click.option("-n", "--dry-run", is_flag=True, help="Plan and report; write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace DST, in one step, if it exists.")
+@planned_options("DST")
 @engine_options
 @output_options
 @progress_option
@@ -141,13 +140,11 @@ def reshard(source: Path, target: str, **given: Unpack[Given]) -> None:
     if out.json:
         out.document(done.as_json())
         return
-    line = f"{plain.escape(done.summary())} ({plain.size(done.nbytes)})"
-    out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
+    out.wrote(done.summary(), done)
     if done.replicated:
         some = ", ".join(plain.escape(name) for name in done.replicated[:4])
         out.hint(f"{plain.count(len(done.replicated), 'tensor')} on every rank: {some}", label="note: ")
-    for note in done.notes:
-        out.hint(note, label="note: ")
+    out.notes(done.notes)
 
 
 def _options(given: Given) -> ReshardOptions:

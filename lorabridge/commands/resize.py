@@ -8,17 +8,27 @@ import click
 
 from ..reports import plain
 from ._group import Command, Manual, documented
-from ._options import facts_for, mappings_option, output_options, progress_option, target_options
+from ._options import (
+    ADAPTER_OUT,
+    OUTPUT,
+    facts_for,
+    mappings_option,
+    output_options,
+    progress_option,
+    selection_options,
+    table_options,
+    target_options,
+)
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import LOCATION, Name, dialects, facts, known_family, pairs
+from ._values import LOCATION, Name, check_family, dialects, facts, pairs
 
 
 @documented(
     Manual(
         arguments={
             "ADAPTER": "An adapter in any container and dialect.",
-            "OUT": "A directory, or a file whose suffix decides the container.",
+            "OUT": ADAPTER_OUT,
         },
         groups={
             "How much to keep": ("rank", "energy", "dtype"),
@@ -26,7 +36,7 @@ from ._values import LOCATION, Name, dialects, facts, known_family, pairs
             "What the file does not say": ("alpha", "use_rslora", "fan_in_fan_out", "enable_lora", "kind"),
             "Selection": ("include", "exclude"),
             "Writing": ("workers", "dry_run", "overwrite"),
-            "Output": ("json", "quiet", "verbose", "no_progress"),
+            "Output": OUTPUT,
         },
         examples=(
             "lorabridge resize adapter/ small/ --rank 8",
@@ -45,14 +55,10 @@ from ._values import LOCATION, Name, dialects, facts, known_family, pairs
               help="Dialect of ADAPTER, where detection is wrong or cannot decide.")  # fmt: skip
 @click.option("--to", "target_dialect", type=Name("dialect", dialects), metavar="DIALECT",
               help="Dialect of OUT; by default ADAPTER's.")  # fmt: skip
-@click.option("--family", metavar="NAME", help="Table of module names, where frameworks differ.")
-@click.option("--config", metavar="FILE", type=LOCATION,
-              help="adapter_config.json, where it is not beside ADAPTER.")  # fmt: skip
-@click.option("--layout", metavar="KEY=VALUE", multiple=True, help="A choice that the table asks for.")
+@table_options("adapter_config.json, where it is not beside ADAPTER.")
 @mappings_option
 @facts_for("alpha", "use_rslora", "fan_in_fan_out", "enable_lora", "kind")
-@click.option("--include", metavar="GLOB", multiple=True, help="Write only what matches. May be repeated.")
-@click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out what matches. May be repeated.")
+@selection_options("Write", "Leave out")
 @target_options
 @output_options
 @progress_option
@@ -70,8 +76,7 @@ def resize(
     how much of the delta they retain. Scalings keep their value.
     """
     out = Output("resize", json, quiet, verbose)
-    if family is not None:
-        known_family(family, mappings, hint="--family")
+    check_family(family, mappings)
     stated = {"alpha": alpha, "use_rslora": use_rslora, "fan_in_fan_out": fan_in_fan_out,
               "enable_lora": enable_lora, "kind": kind}  # fmt: skip
     from ..actions.choices import ConvertOptions
@@ -88,10 +93,8 @@ def resize(
     if json:
         out.document(done.as_json())
         return
-    line = f"{plain.escape(done.summary())} ({plain.size(done.conversion.nbytes)})"
-    out.summary(line if dry_run else f"{line} in {done.conversion.seconds:.1f} s")
+    out.wrote(done.summary(), done.conversion)
     if verbose:
         out.result(plain.table(HEADER, done.rows(), right="  rrrr", width=width()))
     out.warn(done.warnings)
-    for note in done.conversion.notes:
-        out.hint(note, label="note: ")
+    out.notes(done.conversion.notes)

@@ -11,7 +11,15 @@ import click
 
 from ..reports import plain
 from ._group import Command, Manual, documented
-from ._options import fact_options, mappings_option, output_options, progress_option, target_options
+from ._options import (
+    CHECKPOINT_OUT,
+    OUTPUT,
+    fact_options,
+    mappings_option,
+    output_options,
+    progress_option,
+    target_options,
+)
 from ._progress import Progress
 from ._terminal import Output, width
 from ._values import FACTS, LOCATION
@@ -23,7 +31,7 @@ from .unmerge import (
     names_options,
     options_of,
     show_guesses,
-    writing_options,
+    split_options,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +42,7 @@ if TYPE_CHECKING:
     Manual(
         arguments={
             "MERGED": "The merged model, as the merge wrote it or converted.",
-            "OUT": "A file, whose suffix decides the container (.safetensors, .bin/.pt, .ckpt), or a directory.",
+            "OUT": CHECKPOINT_OUT,
         },
         groups={
             "Adapters": (
@@ -51,7 +59,7 @@ if TYPE_CHECKING:
             "Names": NAMES,
             "What the adapters do not say": tuple(FACTS),
             "Writing": WRITING,
-            "Output": ("json", "quiet", "verbose", "no_progress"),
+            "Output": OUTPUT,
         },
         examples=(
             "lorabridge switch merged/ --from a/ --to b/ out/ --undo a.u --undo-out b.u",
@@ -81,7 +89,7 @@ if TYPE_CHECKING:
 @names_options("--dialect", "--names")
 @mappings_option
 @fact_options
-@writing_options
+@split_options
 @target_options
 @output_options
 @progress_option
@@ -112,8 +120,7 @@ def switch(
 
 
 def _show(out: Output, done: SwitchReport) -> None:
-    line = f"{plain.escape(done.summary())} ({plain.size(done.nbytes)})"
-    out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
+    out.wrote(done.summary(), done)
     if done.undo_out is not None:
         out.summary(plain.escape(done.undo_out.sentence()))
     if out.verbose:
@@ -123,10 +130,8 @@ def _show(out: Output, done: SwitchReport) -> None:
                     for r in done.rows]  # fmt: skip
             out.result(plain.table(header, rows, right=" rrrr", width=width()))
         show_guesses(out, done.guesses)
-        for name, why in done.left_out:
-            out.result(plain.escape(f"left out: {name} ({why})"))
+        out.left_out(done.left_out)
     out.warn(done.warnings)
-    for note in done.notes:
-        out.hint(note, label="note: ")
+    out.notes(done.notes)
     if not done.dry_run:
         out.hint(f"lorabridge inspect {shlex.quote(done.target)}", label="next: ")

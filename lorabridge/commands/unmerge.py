@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,21 +12,26 @@ import click
 from ..reports import plain
 from ._group import Command, Manual, documented
 from ._options import (
+    CHECKPOINT_OUT,
+    OUTPUT,
     NamedGiven,
     ShownGiven,
     StatedGiven,
     WrittenGiven,
     fact_options,
+    keep_blas_single,
     mappings_option,
+    model_options,
     output_options,
     progress_option,
     ranks_options,
     stated,
+    table_options,
     target_options,
 )
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import FACTS, LOCATION, Name, Size, dialects, known_family, pairs
+from ._values import FACTS, LOCATION, Name, check_family, dialects, pairs
 
 if TYPE_CHECKING:
     from ..actions.merge_inputs import MergeOptions
@@ -56,12 +60,11 @@ def names_options(dialect: str, side: str) -> Callable[[F], F]:
                          help="Dialect of the adapters, where detection is wrong or cannot decide."),
             click.option(side, "target_dialect", type=click.Choice(["hf", "ms"]),
                          help="Names of OUT; by default the base's, or what OUT's container calls for."),
-            click.option("--family", metavar="NAME",
-                         help="Table of module names, where the files are not all of one framework."),
-            click.option("--config", metavar="FILE", type=LOCATION,
-                         help="The model's config.json or an adapter_config.json, where it is not beside its file."),
-            click.option("--layout", metavar="KEY=VALUE", multiple=True,
-                         help="A choice that a table asks for, such as qkv_concat=grouped. May be repeated."),
+            table_options(
+                "The model's config.json or an adapter_config.json, where it is not beside its file.",
+                family="Table of module names, where the files are not all of one framework.",
+                example="qkv_concat=grouped",
+            ),
         )):  # fmt: skip
             command = option(command)
         return command
@@ -75,18 +78,15 @@ def any_adapter_option(command: F) -> F:
     return click.option("--any-adapter", is_flag=True, help=said)(command)
 
 
-def writing_options(command: F) -> F:
-    """Add how the model is written."""
-    command = click.option("--crc", is_flag=True, help="Write MindSpore's CRC trailer into a .ckpt.")(command)
-    size = "Split OUT: 5GB ...; by default as MERGED is split."
-    return click.option("--max-shard-size", metavar="SIZE", type=Size(), help=size)(command)
+split_options = model_options("Split OUT: 5GB ...; by default as MERGED is split.")
+"""How the model is written."""
 
 
 @documented(
     Manual(
         arguments={
             "MERGED": "The merged model, as the merge wrote it or converted.",
-            "OUT": "A file, whose suffix decides the container (.safetensors, .bin/.pt, .ckpt), or a directory.",
+            "OUT": CHECKPOINT_OUT,
         },
         groups={
             "What was merged": ("adapters", "undo", "weights", "exact", "leave", "any_adapter"),
@@ -94,7 +94,7 @@ def writing_options(command: F) -> F:
             "What the adapter does not say": tuple(FACTS),
             "Ranks": ("strategies", "steps"),
             "Writing": WRITING,
-            "Output": ("json", "quiet", "verbose", "no_progress"),
+            "Output": OUTPUT,
         },
         examples=(
             "lorabridge unmerge merged/ base/ --adapter adapter/ --undo merged.undo",
@@ -118,7 +118,7 @@ def writing_options(command: F) -> F:
 @mappings_option
 @fact_options
 @ranks_options(MERGED="merged_model", ADAPTER="adapters")
-@writing_options
+@split_options
 @target_options
 @output_options
 @progress_option
@@ -150,10 +150,8 @@ def unmerge(
 
 def options_of(given: Given, weights: str | None, *, exact: bool) -> MergeOptions:
     """Return the action's options; imports it, so that this comes after what can be refused without."""
-    if given["family"] is not None:
-        known_family(given["family"], given["mappings"], hint="--family")
-    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # lorabridge's own threads share the work already
-        os.environ.setdefault(variable, "1")
+    check_family(given["family"], given["mappings"])
+    keep_blas_single()
     from ..actions.merge_inputs import MergeOptions
     from .merge import read_weights
 
@@ -174,12 +172,9 @@ def show_guesses(out: Output, rows: Sequence[GuessRow]) -> None:
 
 
 def _show(out: Output, done: UnmergeReport) -> None:
-    line = f"{plain.escape(done.summary())} ({plain.size(done.nbytes)})"
-    out.summary(line if done.dry_run else f"{line} in {done.seconds:.1f} s")
+    out.wrote(done.summary(), done)
     if out.verbose:
         show_guesses(out, done.rows)
-        for name, why in done.left_out:
-            out.result(plain.escape(f"left out: {name} ({why})"))
+        out.left_out(done.left_out)
     out.warn(done.warnings)
-    for note in done.notes:
-        out.hint(note, label="note: ")
+    out.notes(done.notes)

@@ -21,10 +21,11 @@ from ._options import (
     progress_option,
     ranks_options,
     stated,
+    table_options,
 )
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import FACTS, LOCATION, Name, dialects, is_fact, known_family, matching_families, pairs
+from ._values import FACTS, LOCATION, Name, check_family, dialects, is_fact, pairs
 
 if TYPE_CHECKING:
     from ..actions.verify_inputs import VerifyOptions
@@ -84,12 +85,11 @@ class Given(NamedGiven, StatedGiven, ShownGiven):
               help="Dialect of SRC, where detection is wrong or cannot decide.")  # fmt: skip
 @click.option("--to", "target_dialect", type=Name("dialect", dialects), metavar="DIALECT",
               help="Dialect of DST, where detection is wrong or cannot decide.")  # fmt: skip
-@click.option("--family", metavar="NAME", shell_complete=matching_families,
-              help="Table of module names between the two; by default a manifest's, or the one that fits.")  # fmt: skip
-@click.option("--config", metavar="FILE", type=LOCATION,
-              help="adapter_config.json of SRC or the model's config.json, where it is not beside SRC.")  # fmt: skip
-@click.option("--layout", metavar="KEY=VALUE", multiple=True,
-              help="A choice that a table asks for, such as qkv=grouped. May be repeated.")  # fmt: skip
+@table_options(
+    "adapter_config.json of SRC or the model's config.json, where it is not beside SRC.",
+    family="Table of module names between the two; by default a manifest's, or the one that fits.",
+    example="qkv=grouped",
+)
 @mappings_option
 @key_option
 @fact_options
@@ -109,8 +109,7 @@ def verify(context: click.Context, source: Path, target: Path, **given: Unpack[G
     means equal, 1 different.
     """
     out = Output("verify", given["json"], given["quiet"], given["verbose"])
-    if given["family"] is not None:
-        known_family(given["family"], given["mappings"], hint="--family")
+    check_family(given["family"], given["mappings"])
     options = _options(given)
     from ..actions.verify import verify as run
 
