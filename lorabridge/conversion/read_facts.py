@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .. import formats
-from ..dialects import flattened, originals, peft_tuners
+from ..dialects import flattened, flattened_tables, originals, peft_tuners
 from ..dialects.adapter import Fact, Facts
 from ..errors import InputError, MappingError
 from ..merging.landing import PREFIXES
@@ -69,7 +69,7 @@ def modules(facts: Facts, specs: Mapping[str, TensorSpec]) -> Facts:
     if tuned:
         weights = _weights(Path(base))
         return Facts(tuple(Fact(path, "module", [path, *weights[path]]) for path in tuned if path in weights))
-    names = dict.fromkeys(name.partition(".")[0] for name in specs if flattened.prefix_of(name))
+    names = dict.fromkeys(name.partition(".")[0] for name in specs if flattened_tables.prefix_of(name))
     names |= dict.fromkeys(originals.dotted_modules(specs))
     found = flattened.resolve_in(names, base_modules(Path(base)), base)
     return Facts(tuple(Fact(name, "module", [path, *shape]) for name, (path, shape) in found.items()))
@@ -87,7 +87,7 @@ def of_base(facts: Facts, names: Iterable[str], base: Mapping[str, TensorSpec], 
     weights, tuned = _matrices(base), peft_tuners.paths(names)
     if tuned:
         return Facts(tuple(Fact(path, "module", [path, *shape]) for path, shape in _found(tuned, weights).items()))
-    flat = dict.fromkeys(name.partition(".")[0] for name in names if flattened.prefix_of(name))
+    flat = dict.fromkeys(name.partition(".")[0] for name in names if flattened_tables.prefix_of(name))
     flat |= dict.fromkeys(originals.dotted_modules(names))
     try:
         found = flattened.resolve_in(flat, _by_component(weights), where)
@@ -116,7 +116,7 @@ def base_modules(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
 
     A pipeline's folder has its components in subfolders; a network's folder, or one file, is what its names say.
     """
-    parts = {name: path / name for name in flattened.COMPONENTS if (path / name).is_dir()}
+    parts = {name: path / name for name in flattened_tables.COMPONENTS if (path / name).is_dir()}
     if parts:
         return {name: _weights(folder) for name, folder in parts.items()}
     return _by_component(_weights(path))
@@ -129,7 +129,7 @@ def _by_component(weights: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str,
         original = next((prefix for prefix in _ORIGINAL if module.startswith(prefix)), "")
         first, _, rest = module.partition(".")
         component = _ORIGINAL.get(original) or _FIRST.get(first, "")
-        if not component and first in flattened.COMPONENTS:
+        if not component and first in flattened_tables.COMPONENTS:
             component, module = first, rest
         found.setdefault(component, {})[module.removeprefix(original)] = shape
     known = [component for component in found if component]

@@ -15,7 +15,7 @@ from typing import Literal
 from ..axes import Expr, ShapeError, read, reshape
 from ..errors import MappingError, counted
 from ..tensors import TensorSpec
-from . import flattened, kohya_write, lycoris
+from . import flattened, flattened_tables, kohya_write, lycoris
 from .adapter import CARRIED, Adapter, Content, Facts, LoraModule, ModuleKind, Scaling, Term, Written
 from .flattened import Place
 from .pairs import Problems
@@ -84,7 +84,7 @@ def _is_update(name: str) -> bool:
     if name.startswith(OFT):
         return tensor == "oft_blocks"
     own = tensor in lycoris.KNOWN and tensor not in ("weight", "alpha", "scalar", "rescale")
-    return bool(own and flattened.prefix_of(module))
+    return bool(own and flattened_tables.prefix_of(module))
 
 
 def _groups(content: Content) -> dict[str, dict[str, TensorSpec]]:
@@ -93,7 +93,7 @@ def _groups(content: Content) -> dict[str, dict[str, TensorSpec]]:
     strange = []
     for name, spec in content.specs.items():
         module, _, tensor = name.partition(".")
-        if tensor in lycoris.KNOWN and flattened.prefix_of(module):
+        if tensor in lycoris.KNOWN and flattened_tables.prefix_of(module):
             groups.setdefault(module, {})[tensor] = spec
         else:
             strange.append(name)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..arithmetic import products
 from ..axes import Expr, reshape
 from ..dtypes import BY_NAME
-from . import factors, flattened
+from . import factors, flattened_spelling, flattened_tables
 from .adapter import Adapter, Facts, LoraModule, Written
 from .pairs import MERGE, Problems
 
@@ -25,8 +25,8 @@ def write(adapter: Adapter, facts: Facts) -> Written:
     """
     _refuse(adapter)
     only = facts.get("*", "names_of")
-    named = only if isinstance(only, str) and any(p.name == only for p in flattened.PIPELINES) else None
-    spelling = flattened.spell({m.path: _axes(m) for m in adapter.modules}, named)
+    named = only if isinstance(only, str) and any(p.name == only for p in flattened_tables.PIPELINES) else None
+    spelling = flattened_spelling.spell({m.path: _axes(m) for m in adapter.modules}, named)
     named_modules = [(spelling.names[m.path], m) for m in adapter.modules if m.path in spelling.names]
     for table in dict.fromkeys(spelling.fused.values()):
         fused = through([m for m in adapter.modules if spelling.fused.get(m.path) == table], table, to="ms")
@@ -55,7 +55,7 @@ def split(modules: Sequence[LoraModule], fused: Mapping[str, str]) -> list[LoraM
     return out
 
 
-def through(modules: Sequence[LoraModule], table: str, *, to: flattened.SideName) -> tuple[LoraModule, ...]:
+def through(modules: Sequence[LoraModule], table: str, *, to: flattened_tables.SideName) -> tuple[LoraModule, ...]:
     """Rename modules of one component by its table; those of diffusers' side have the component before them."""
     from ..families.tables import load_family, map_adapter
 
@@ -99,7 +99,7 @@ def _tensors(name: str, module: LoraModule) -> list[tuple[str, Expr]]:
     return tensors
 
 
-def _metadata(modules: Sequence[LoraModule], pipeline: flattened.Pipeline | None) -> dict[str, str]:
+def _metadata(modules: Sequence[LoraModule], pipeline: flattened_tables.Pipeline | None) -> dict[str, str]:
     """Return ``ss_network_*`` as sd-scripts' tools expect it; "Dynamic" where modules differ, as its resize writes."""
     ranks = {module.terms[0].rank for module in modules}
     alphas = {module.scaling.alpha for module in modules}

@@ -24,13 +24,13 @@ from typing import Literal
 from ..axes import Expr, read, scale
 from ..errors import MappingError, counted
 from ..tensors import TensorSpec
-from . import flattened, kohya_write, lycoris, originals_write
+from . import flattened, flattened_tables, kohya_write, lycoris, originals_write
 from .adapter import CARRIED, Adapter, Content, Facts, LoraModule, Written
 from .flattened import Place
 from .kohya import UpdateReader, refuse_twins, stated
 from .pairs import Problems, in_mindspore
 
-COMFY = flattened.DOTTED["lora_unet_"]
+COMFY = flattened_tables.DOTTED["lora_unet_"]
 PREFIXES = (COMFY, "model.diffusion_model.", "base_model.model.", "transformer.")
 """What stands before the original names: ComfyUI's, whole checkpoints', peft's around the original code, and some's."""
 TENSORS = {
@@ -145,7 +145,7 @@ def _groups(content: Content) -> tuple[dict[str, dict[str, TensorSpec]], dict[st
         if tensor == "whole":
             wholes[module.removeprefix(prefix)] = spec
         elif tensor:
-            flat = flattened.prefix_of(module) or module.startswith("text_encoders.")
+            flat = flattened_tables.prefix_of(module) or module.startswith("text_encoders.")
             groups.setdefault(module if flat else COMFY + module.removeprefix(prefix), {})[tensor] = spec
         else:
             strange.append(name)
@@ -160,7 +160,7 @@ def _groups(content: Content) -> tuple[dict[str, dict[str, TensorSpec]], dict[st
     return groups, wholes
 
 
-def _axes(name: str, specs: Mapping[str, TensorSpec]) -> flattened.Axes:
+def _axes(name: str, specs: Mapping[str, TensorSpec]) -> flattened_tables.Axes:
     axes = lycoris.axes_of(specs)
     return (None, *axes[1:]) if axes is not None and _partial(name, specs) else axes
 

@@ -10,14 +10,14 @@ from ..axes import Expr, read, reshape, scale
 from ..dtypes import BY_NAME
 from ..errors import MappingError
 from ..tensors import TensorSpec
-from . import factors, flattened, kohya_write
+from . import factors, flattened_spelling, flattened_tables, kohya_write
 from .adapter import Adapter, Extra, Facts, LoraModule, Written
 from .diffusers_write import folded
 from .pairs import MERGE, Problems
 
 WITHOUT_ALPHA = ("hunyuan_video",)
 """Pipelines for which diffusers 0.42.1 reads no alpha in files of the original names."""
-COMFY = flattened.DOTTED["lora_unet_"]
+COMFY = flattened_tables.DOTTED["lora_unet_"]
 _PROCESSORS = {
     "img_attn.qkv": "processor.qkv_lora1", "txt_attn.qkv": "processor.qkv_lora2",
     "img_attn.proj": "processor.proj_lora1", "txt_attn.proj": "processor.proj_lora2",
@@ -37,9 +37,9 @@ def write(adapter: Adapter, facts: Facts, dialect: str) -> Written:
     _refuse(adapter, dialect)
     only = facts.get("*", "names_of")
     axes = {m.path: (m.out, m.terms[0].a.shape[1], *m.kernel_size) for m in adapter.modules}
-    spelling = flattened.spell(axes, only if isinstance(only, str) else None, dotted=True)
+    spelling = flattened_spelling.spell(axes, only if isinstance(only, str) else None, dotted=True)
     if spelling.pipeline is None:
-        known = ", ".join(pipeline.name for pipeline in flattened.PIPELINES)
+        known = ", ".join(pipeline.name for pipeline in flattened_tables.PIPELINES)
         raise MappingError(
             "the original code's names of these modules are not known", where=list(axes),
             hint=f"known: {known}; write them with --to diffusers",
@@ -64,7 +64,7 @@ def write(adapter: Adapter, facts: Facts, dialect: str) -> Written:
 
 
 def through_extras(
-    given: Mapping[str, TensorSpec] | Sequence[Extra], pipelines: Sequence[str], *, to: flattened.SideName
+    given: Mapping[str, TensorSpec] | Sequence[Extra], pipelines: Sequence[str], *, to: flattened_tables.SideName
 ) -> tuple[Extra, ...]:
     """Carry whole parameters of a pipeline's first network through its table; diffusers' have the component before.
 
@@ -77,7 +77,7 @@ def through_extras(
     if not pipelines:
         where = [extra.name for extra in given] if not isinstance(given, Mapping) else list(given)
         raise MappingError("whole norms of no known model", where=where, hint="remove them, or name it with --names-of")
-    part = flattened.pipeline_named(pipelines[0]).parts[0]
+    part = flattened_tables.pipeline_named(pipelines[0]).parts[0]
     extras = extras_of(given) if isinstance(given, Mapping) else tuple(given)
     bare = tuple(replace(extra, path=extra.path.removeprefix(f"{part.component}.")) for extra in extras)
     made = map_adapter(load_family(part.table), Adapter((), bare), to=to, sizes={}, layout={"hf_prefix": ""}).extras

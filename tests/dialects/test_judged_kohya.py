@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lorabridge import ConvertOptions, convert
-from lorabridge.dialects import flattened
+from lorabridge.dialects import flattened, flattened_spelling
 from lorabridge.dialects.adapter import Fact, Facts
 from lorabridge.errors import MappingError
 
@@ -30,7 +30,7 @@ def test_every_module_that_sd_scripts_adapts_is_known_by_name_and_shape_and_spel
     places, pipelines = flattened.resolve(axes, None, pipeline)
     assert pipelines == (pipeline,)
     plain = {place.path: name for name, place in places.items() if not place.fused}
-    spelled = flattened.spell({path: axes[name] for path, name in plain.items()}, pipeline)
+    spelled = flattened_spelling.spell({path: axes[name] for path, name in plain.items()}, pipeline)
     assert spelled.names == plain
     fused = [name for name, place in places.items() if place.fused]
     assert all(any(part in name for part in ("qkv", "linear1", "adaLN_modulation")) for name in fused)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorabridge import ConvertOptions, convert
-from lorabridge.dialects import flattened
+from lorabridge.dialects import flattened, flattened_spelling, flattened_tables
 from lorabridge.dialects.adapter import Fact, Facts
 from lorabridge.errors import MappingError, UsageError
 
@@ -155,7 +155,7 @@ def test_every_module_is_called_as_diffusers_own_converter_calls_it(family: str)
     places, pipelines = flattened.resolve(dict.fromkeys(judged), family, "")
     assert {name: place.path for name, place in places.items()} == judged
     assert pipelines == (family,)
-    spelled = flattened.spell(dict.fromkeys(judged.values()), family)
+    spelled = flattened_spelling.spell(dict.fromkeys(judged.values()), family)
     assert {path: name for name, path in judged.items()} == dict(spelled.names)
 
 
@@ -191,8 +191,8 @@ def test_names_that_all_pipelines_read_alike_need_no_word() -> None:
 
 
 def test_names_that_pipelines_read_differently_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = flattened.Pipeline("other", (flattened.Part("lora_unet_", "transformer", "sdxl"),), "hf", "")
-    monkeypatch.setattr(flattened, "PIPELINES", (flattened.pipeline_named("sdxl"), other))
+    other = flattened_tables.Pipeline("other", (flattened_tables.Part("lora_unet_", "transformer", "sdxl"),), "hf", "")
+    monkeypatch.setattr(flattened, "PIPELINES", (flattened_tables.pipeline_named("sdxl"), other))
     name = f"lora_unet_{TO_Q}"
     with pytest.raises(MappingError, match="1 name can stand for different modules") as caught:
         flattened.resolve({name: None}, None, "file")
@@ -268,7 +268,7 @@ def test_what_sd_scripts_cannot_say_is_refused(tmp_path: Path) -> None:
 def test_flattening_a_module_of_a_known_pipeline_and_looking_it_up_gives_it_back(data: st.DataObject) -> None:
     family = data.draw(st.sampled_from(["sd15", "sdxl"]))
     paths = data.draw(st.lists(st.sampled_from(sorted(JUDGED["names"][family].values())), min_size=1, unique=True))
-    spelled = flattened.spell(dict.fromkeys(paths), family).names
+    spelled = flattened_spelling.spell(dict.fromkeys(paths), family).names
     places, _ = flattened.resolve(dict.fromkeys(spelled.values()), family, "")
     assert {place.path for place in places.values()} == set(paths)
 
