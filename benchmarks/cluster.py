@@ -9,15 +9,13 @@ Needs ray and 3 times --gb of disk.
 
 from __future__ import annotations
 
-import argparse
 import filecmp
-import multiprocessing
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-from measure import Run, interleaved, once
+from measure import Run, apart, arguments, interleaved, once
 from reassemble import make
 
 CPUS = 1
@@ -50,21 +48,14 @@ def row(name: str, engine: str, run: Run, size: int) -> str:
 
 def main() -> None:
     """Make the data, start the cluster, run the jobs, print Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dir", type=Path, default=None, help="where to work (default: a temporary directory)")
-    parser.add_argument("--times", type=int, default=2)
-    parser.add_argument("--gb", type=float, default=1.5)
+    parser = arguments(__doc__, times=2, gb=1.5)
     args = parser.parse_args()
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     from ray.cluster_utils import Cluster
 
     with tempfile.TemporaryDirectory(dir=args.dir) as held:
         work = Path(held)
-        maker = multiprocessing.get_context("spawn").Process(target=make, args=(work, args.gb))
-        maker.start()
-        maker.join()
-        if maker.exitcode:
-            sys.exit("could not write the benchmark's data")
+        apart(make, work, args.gb)
         node = {"num_cpus": CPUS, "object_store_memory": 80 << 20, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=node)
         try:

@@ -9,15 +9,13 @@ Every job is a whole process, start-up included, in turns with the others. The p
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import multiprocessing
 import sys
 import tempfile
 from pathlib import Path
 
-from measure import COPY, interleaved, table
+from measure import COPY, apart, arguments, interleaved, table
 
 TABLE = """
 schema = 1
@@ -99,18 +97,7 @@ def gpt2_shapes(count: int, hidden: int = 2048) -> dict[str, tuple[int, ...]]:
 
 
 def write(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Write random tensors as safetensors and, beside, as a torch file.
-
-    In a process of its own: what a child may claim as its peak memory starts at its parent's.
-    """
-    process = multiprocessing.get_context("spawn").Process(target=write_here, args=(path, shapes))
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit("could not write the benchmark's data")
-
-
-def write_here(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Write random tensors as safetensors and, beside, as a torch file."""
     import numpy as np
     import torch
     from safetensors.numpy import save_file
@@ -131,7 +118,7 @@ def adapter(folder: Path, mb: int) -> None:
             p = f"base_model.model.model.layers.{i}.self_attn.{name}_proj."
             shapes |= {f"{p}lora_A.weight": (16, 2048), f"{p}lora_B.weight": (2048, 16)}
         i += 1
-    write(folder / "adapter_model.safetensors", shapes)
+    apart(write, folder / "adapter_model.safetensors", shapes)
     config = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "adapter_model.bin").rename(folder.with_suffix(".bin"))
@@ -154,10 +141,7 @@ def compare(title: str, source: Path, torch_file: Path, out: Path, options: list
 
 def main() -> None:
     """Make the data, run the cases, print Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dir", type=Path, default=None, help="where to work (default: a temporary directory)")
-    parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--gb", type=float, default=2.0)
+    parser = arguments(__doc__, times=3, gb=2.0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
         work = Path(name)
@@ -165,16 +149,16 @@ def main() -> None:
         (work / "tables").mkdir()
         (work / "tables" / "bench.toml").write_text(TABLE)
         count = round(args.gb * 1e9 / (4 * sum(a * b for a, b in layers(1).values())))
-        write(work / "model.safetensors", layers(count))
+        apart(write, work / "model.safetensors", layers(count))
         compare("model, rename only", work / "model.safetensors", work / "model.bin", out,
                 ["--family", "bench", "--mappings", str(work / "tables")], args.times)  # fmt: skip
         blocks = round((args.gb * 1e9 / 4 - 51281 * 2048) / (12 * 2048 * 2048))
-        write(work / "model.safetensors", gpt2_shapes(blocks))
+        apart(write, work / "model.safetensors", gpt2_shapes(blocks))
         compare("GPT-2 model, split and transposed", work / "model.safetensors", work / "model.bin", out,
                 ["--family", "gpt2"], args.times)  # fmt: skip
         adapter(work / "adapter", 20)
         compare("adapter", work / "adapter", work / "adapter.bin", out, [], args.times)
-        write(work / "tiny.safetensors", {f"block.{i}.weight": (8, 8) for i in range(10_000)})
+        apart(write, work / "tiny.safetensors", {f"block.{i}.weight": (8, 8) for i in range(10_000)})
         compare("10,000 tiny tensors", work / "tiny.safetensors", work / "tiny.bin", out,
                 ["--family", "identity"], args.times)  # fmt: skip
 

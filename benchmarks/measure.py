@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -53,6 +55,24 @@ def once(command: Sequence[str]) -> Run:
     if process.returncode:
         sys.exit(f"{' '.join(command)[:300]}\n{output.decode()[-3000:]}")
     return Run(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6)
+
+
+def arguments(description: str | None, *, times: int, gb: float) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark is told, with its defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--dir", type=Path, default=None, help="where to work (default: a temporary directory)")
+    parser.add_argument("--times", type=int, default=times)
+    parser.add_argument("--gb", type=float, default=gb)
+    return parser
+
+
+def apart(make: Callable[..., None], *args: object) -> None:
+    """Make data in a process of its own: what a child may claim as its peak memory starts at its parent's."""
+    process = multiprocessing.get_context("spawn").Process(target=make, args=args)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit("could not write the benchmark's data")
 
 
 def remove(path: Path) -> None:

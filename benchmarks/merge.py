@@ -12,14 +12,12 @@ passthrough), axolotl (merge_lora_sharded_efficient, what its merge-lora command
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 
-from measure import COPY, interleaved, table
+from measure import COPY, apart, arguments, interleaved, table
 
 PEFT = """
 import sys, torch
@@ -105,10 +103,7 @@ def make(work: Path, gb: float) -> None:
 
 def main() -> None:
     """Make the data, run the jobs, print Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dir", type=Path, default=None, help="where to work (default: a temporary directory)")
-    parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--gb", type=float, default=2.0)
+    parser = arguments(__doc__, times=3, gb=2.0)
     parser.add_argument("--no-peers", action="store_true", help="measure lorabridge and the copy only")
     parser.add_argument("--mergekit", metavar="PYTHON", help="an interpreter that has mergekit")
     parser.add_argument("--axolotl", metavar="PYTHON", help="an interpreter that has axolotl")
@@ -116,11 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
         work = Path(name)
-        maker = multiprocessing.get_context("spawn").Process(target=make, args=(work, args.gb))
-        maker.start()
-        maker.join()
-        if maker.exitcode:
-            sys.exit("could not write the benchmark's data")
+        apart(make, work, args.gb)
         places = [str(work / part) for part in ("base", "adapter", "out")]
         python = sys.executable
         jobs = {

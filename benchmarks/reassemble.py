@@ -10,13 +10,11 @@ of disk.
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
 import sys
 import tempfile
 from pathlib import Path
 
-from measure import COPY, interleaved, table
+from measure import COPY, apart, arguments, interleaved, table
 
 TRANSFORM = """
 import sys, mindspore
@@ -69,19 +67,12 @@ def make(work: Path, gb: float) -> None:
 
 def main() -> None:
     """Make the data, run the jobs, print Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dir", type=Path, default=None, help="where to work (default: a temporary directory)")
-    parser.add_argument("--times", type=int, default=2)
-    parser.add_argument("--gb", type=float, default=4.0)
+    parser = arguments(__doc__, times=2, gb=4.0)
     parser.add_argument("--no-peers", action="store_true", help="measure lorabridge and the copy only")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as name:
         work = Path(name)
-        maker = multiprocessing.get_context("spawn").Process(target=make, args=(work, args.gb))
-        maker.start()
-        maker.join()
-        if maker.exitcode:
-            sys.exit("could not write the benchmark's data")
+        apart(make, work, args.gb)
         ranks, strategy, out = (str(work / part) for part in ("ranks", "strategy.ckpt", "out"))
         python, ours = sys.executable, [sys.executable, "-m", "lorabridge", "reassemble"]
         jobs = {
