@@ -100,14 +100,10 @@ class AdapterHub:
         places = _refuse(adapter)
         split = tuple(_blocks(module) for module in adapter.modules)
         merged = {m.path for m in split if len(m.terms) > 1}
-        rank, alpha = facts.get("*", "rank"), facts.get("*", "alpha")
-        modules, top, shared, notes = factors.uniform(
-            tuple(m for m in split if m.path not in merged),
-            rank=rank if isinstance(rank, int) else None,
-            alpha=float(alpha) if isinstance(alpha, int | float) else None,
-        )
+        modules, top, shared, notes = factors.uniform_as_told(tuple(m for m in split if m.path not in merged), facts)
         if merged:
-            modules, top, shared, notes = _with_blocks(split, modules, top, shared, notes, fixed=rank is not None)
+            fixed = facts.get("*", "rank") is not None
+            modules, top, shared, notes = _with_blocks(split, modules, top, shared, notes, fixed=fixed)
         tensors = [row for module in modules for row in _named(module)]
         inner = _config(places, top, shared, adapter)
         config: dict[str, Value] = {"config": inner, "name": NAME, "version": "adapters.1.3.0"}
@@ -276,7 +272,7 @@ def _config(places: dict[str, _Place], rank: int, alpha: float, adapter: Adapter
     return {
         "architecture": "lora", "selfattn_lora": bool(matrices), "intermediate_lora": "up" in parts,
         "output_lora": "down" in parts, "leave_out": absent, "r": rank,
-        "alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "alpha": factors.as_written(alpha),
         "dropout": dropout if isinstance(dropout, int | float) else 0.0, "attn_matrices": chosen,
         "composition_mode": "add", "init_weights": "lora", "init_weights_seed": None, "use_gating": False,
         "use_dora": False, "vera_d": None, "vera_b": None, "dtype": None,

@@ -14,7 +14,7 @@ from dataclasses import replace
 from ..axes import Compute, Expr, ShapeError, cut, join, reorder, reshape, scale, zeros
 from ..dtypes import BY_NAME, DType, lossless
 from ..errors import MappingError
-from .adapter import LoraModule, Scaling, Term
+from .adapter import Facts, LoraModule, Scaling, Term
 
 
 def exact_alpha(value: float, rank: int) -> float | None:
@@ -152,6 +152,23 @@ def uniform(
         out.append(replace(module, terms=(replace(term, b=b),), scaling=target))
     said = tuple(f"{note} ({count} module{'s' if count > 1 else ''})" for note, count in sorted(notes.items()))
     return tuple(out), top, target.alpha, said
+
+
+def uniform_as_told(
+    modules: Sequence[LoraModule], facts: Facts
+) -> tuple[tuple[LoraModule, ...], int, float, tuple[str, ...]]:
+    """Give all modules one rank and one alpha, those that ``facts`` state for ``*``; see :func:`uniform`."""
+    rank, alpha = facts.get("*", "rank"), facts.get("*", "alpha")
+    return uniform(
+        modules,
+        rank=rank if isinstance(rank, int) else None,
+        alpha=float(alpha) if isinstance(alpha, int | float) else None,
+    )
+
+
+def as_written(number: float) -> int | float:
+    """Return a number as configs write it: without a decimal point where it is whole."""
+    return int(number) if number == int(number) else number
 
 
 def _shared_alpha(values: Sequence[float], rank: int) -> float:

@@ -129,11 +129,7 @@ def _one_alpha(modules: Sequence[LoraModule], facts: Facts) -> tuple[tuple[LoraM
     kept = len(plain) == 1 and not any(m.scaling.rslora or m.scaling.rank != m.terms[0].rank for m in single)
     if kept and rank is None and alpha is None and math.isfinite(min(plain)) and min(plain) != 0:
         return tuple(single), plain.pop(), ()
-    made, _, shared, notes = factors.uniform(
-        single,
-        rank=rank if isinstance(rank, int) else None,
-        alpha=float(alpha) if isinstance(alpha, int | float) else None,
-    )
+    made, _, shared, notes = factors.uniform_as_told(single, facts)
     if shared == 0:
         raise MappingError(
             "every scaling is 0, and alpha 0 means 1 to llama.cpp", hint="leave the modules out with --exclude"

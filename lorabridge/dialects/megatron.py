@@ -64,13 +64,8 @@ class Megatron:
     def write(self, adapter: Adapter, facts: Facts) -> Written:
         """Spell an adapter with one rank and alpha; both become facts beside the file."""
         _refuse(adapter)
-        rank, alpha = facts.get("*", "rank"), facts.get("*", "alpha")
-        modules, top, shared, notes = factors.uniform(
-            adapter.modules,
-            rank=rank if isinstance(rank, int) else None,
-            alpha=float(alpha) if isinstance(alpha, int | float) else None,
-        )
-        whole = int(shared) if shared == int(shared) else shared
+        modules, top, shared, notes = factors.uniform_as_told(adapter.modules, facts)
+        whole = factors.as_written(shared)
         paths = {module.path for module in modules}
         tensors = [row for module in modules for row in _named(module)]
         for name, expr in spell_extras(adapter.extras):

@@ -45,7 +45,7 @@ def shared(adapter: Adapter, facts: Facts, *, whole_alpha: bool) -> Shared:
     modules, top, found, notes = factors.uniform(adapter.modules, rank=asked, alpha=given)
     if whole_alpha and (found != int(found) or found <= 0):
         modules, top, found, notes = factors.uniform(adapter.modules, rank=asked, alpha=_whole(found, top))
-    said = [Fact("*", "rank", top), Fact("*", "alpha", _shown(found))]
+    said = [Fact("*", "rank", top), Fact("*", "alpha", factors.as_written(found))]
     orders = {module.path: module.fan_in_fan_out for module in modules if module.fan_in_fan_out is not None}
     if len(orders) == len(modules) and len(set(orders.values())) == 1:
         said.append(Fact("*", "fan_in_fan_out", next(iter(orders.values()))))
@@ -58,10 +58,6 @@ def _whole(alpha: float, rank: int) -> float:
     """Return the integer that an alpha is a power of two away from; the rank where there is none of usable size."""
     numerator = alpha.as_integer_ratio()[0]
     return float(numerator) if 0 < numerator <= LARGEST_ALPHA else float(rank)
-
-
-def _shown(alpha: float) -> int | float:
-    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def refuse(
@@ -116,7 +112,7 @@ def graph_files(adapter: Adapter, made: Shared, *, freeze: bool) -> tuple[Mappin
     config: dict[str, Value] = {
         "base_model_name_or_path": "none",
         "bias": "none",
-        "lora_alpha": _shown(made.alpha),
+        "lora_alpha": factors.as_written(made.alpha),
         "lora_bias": False,
         "lora_dropout": dropout,
         "peft_type": "LORA",
@@ -127,7 +123,7 @@ def graph_files(adapter: Adapter, made: Shared, *, freeze: bool) -> tuple[Mappin
     section: dict[str, Value] = {
         "pet_type": "lora",
         "lora_rank": made.rank,
-        "lora_alpha": _shown(made.alpha),
+        "lora_alpha": factors.as_written(made.alpha),
         "lora_dropout": dropout,
         "target_modules": targets,
     }
@@ -181,7 +177,7 @@ def pynative_files(adapter: Adapter, made: Shared) -> tuple[Mapping[str, str], t
     """
     section: dict[str, Value] = {
         "lora_rank": made.rank,
-        "lora_alpha": _shown(made.alpha),
+        "lora_alpha": factors.as_written(made.alpha),
         "lora_dropout": dropout_of(adapter),
         "target_modules": path_pattern([cell_of(module) for module in made.modules]),
     }

@@ -69,12 +69,7 @@ class Mindnlp:
         _refuse(adapter, self.name)
         notes: tuple[str, ...] = ()
         if self.name == "mindnlp-0.2":
-            rank, alpha = facts.get("*", "rank"), facts.get("*", "alpha")
-            modules, _, _, notes = factors.uniform(
-                adapter.modules,
-                rank=rank if isinstance(rank, int) else None,
-                alpha=float(alpha) if isinstance(alpha, int | float) else None,
-            )
+            modules, _, _, notes = factors.uniform_as_told(adapter.modules, facts)
             adapter = replace(adapter, modules=modules)
         written = write(adapter, facts)
         config = self._config(written.config or {}, written.modules)

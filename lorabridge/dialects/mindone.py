@@ -82,12 +82,7 @@ class MindoneLayers:
         diffusers' paths, which no network of these has.
         """
         self._refuse(adapter)
-        rank, alpha = facts.get("*", "rank"), facts.get("*", "alpha")
-        modules, top, shared, notes = factors.uniform(
-            adapter.modules,
-            rank=rank if isinstance(rank, int) else None,
-            alpha=float(alpha) if isinstance(alpha, int | float) else None,
-        )
+        modules, top, shared, notes = factors.uniform_as_told(adapter.modules, facts)
         down, up = self.factors
         tensors: list[tuple[str, Expr]] = []
         for module in modules:
@@ -99,7 +94,7 @@ class MindoneLayers:
             tensors.append(
                 (f"{name.removesuffix('.weight')}{plain}" if own and name.endswith(".weight") else name, value)
             )
-        whole = int(shared) if shared == int(shared) else shared
+        whole = factors.as_written(shared)
         needs = self.needs.format(rank=top, alpha=f"{whole:g}", scale=f"{shared / top:g}" if top else "1")
         said = Facts((Fact("*", "rank", top), Fact("*", "alpha", whole)))
         return Written(tensors, facts=said, notes=(needs, *notes), modules=modules)

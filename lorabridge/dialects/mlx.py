@@ -76,12 +76,7 @@ class Mlx:
     def write(self, adapter: Adapter, facts: Facts) -> Written:
         """Spell an adapter with one rank and one scale (see ``factors.uniform``) and MLX's config."""
         _refuse(adapter)
-        rank, alpha = facts.get("*", "rank"), facts.get("*", "alpha")
-        modules, top, _, notes = factors.uniform(
-            adapter.modules,
-            rank=rank if isinstance(rank, int) else None,
-            alpha=float(alpha) if isinstance(alpha, int | float) else None,
-        )
+        modules, top, _, notes = factors.uniform_as_told(adapter.modules, facts)
         plain, experts, stacks = mlx_experts.spell_stacks(modules)
         paths: list[Value] = [*sorted([*(module.path for module in plain), *stacks])]
         layers = {match[1] for module in modules if (match := _LAYER.search(module.path))}
@@ -91,7 +86,7 @@ class Mlx:
             "fine_tune_type": "dora" if any(module.magnitude is not None for module in modules) else "lora",
             "num_layers": max(len(layers), 1),
             "lora_parameters": {
-                "rank": top, "scale": int(scale) if scale == int(scale) else scale,
+                "rank": top, "scale": factors.as_written(scale),
                 "dropout": dropout if isinstance(dropout, int | float) else 0.0, "keys": paths,
             },
         }  # fmt: skip

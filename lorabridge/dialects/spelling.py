@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from ..axes import Expr
 from .adapter import Adapter, Extra, Fact, Facts, LoraModule, Value
+from .factors import as_written
 from .pairs import EMBEDDING_WEIGHTS, TOKENS
 
 
@@ -72,7 +73,7 @@ def facts_about(adapter: Adapter, spelled: Sequence[Spelled]) -> Facts:
 
 def _statements(item: Spelled) -> dict[str, Value]:
     module = item.module
-    facts: dict[str, Value] = {"alpha": _whole(module.scaling.alpha), "kind": module.kind}
+    facts: dict[str, Value] = {"alpha": as_written(module.scaling.alpha), "kind": module.kind}
     if module.scaling.rslora:
         facts["use_rslora"] = True
     if module.fan_in_fan_out is not None and module.kind == "linear":
@@ -84,7 +85,3 @@ def _statements(item: Spelled) -> dict[str, Value]:
         facts["kernel_size"] = list(module.kernel_size)
         facts["groups"] = module.groups
     return facts
-
-
-def _whole(alpha: float) -> int | float:
-    return int(alpha) if alpha == int(alpha) else alpha

@@ -67,13 +67,8 @@ class Torchtune:
     def write(self, adapter: Adapter, facts: Facts) -> Written:
         """Spell an adapter with one rank and alpha; MappingError for what torchtune's builders cannot make."""
         _refuse(adapter)
-        rank, alpha = facts.get("*", "rank"), facts.get("*", "alpha")
-        modules, top, shared, notes = factors.uniform(
-            adapter.modules,
-            rank=rank if isinstance(rank, int) else None,
-            alpha=float(alpha) if isinstance(alpha, int | float) else None,
-        )
-        whole = int(shared) if shared == int(shared) else shared
+        modules, top, shared, notes = factors.uniform_as_told(adapter.modules, facts)
+        whole = factors.as_written(shared)
         last = sorted({module.path.rpartition(".")[2] for module in modules})
         targets: list[Value] = [IN_PEFT[name] for name in last]
         config: dict[str, Value] = {"r": top, "lora_alpha": whole, "target_modules": targets, "peft_type": "LORA"}

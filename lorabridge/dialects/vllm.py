@@ -54,12 +54,7 @@ class Vllm:
     def write(self, adapter: Adapter, facts: Facts) -> Written:
         """Spell an adapter with one rank and one alpha; MappingError names what the server would refuse or ignore."""
         _refuse(adapter, self.name)
-        rank, alpha = facts.get("*", "rank"), facts.get("*", "alpha")
-        modules, top, _, notes = factors.uniform(
-            adapter.modules,
-            rank=rank if isinstance(rank, int) else None,
-            alpha=float(alpha) if isinstance(alpha, int | float) else None,
-        )
+        modules, top, _, notes = factors.uniform_as_told(adapter.modules, facts)
         kept: dict[str, Value] = {name: value for name, value in adapter.config.items() if name in KEPT}
         chosen = adapter.config.get("target_modules")
         narrowed = adapter.config.get("exclude_modules") or adapter.config.get("layers_to_transform") is not None
