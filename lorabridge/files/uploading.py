@@ -47,6 +47,8 @@ class Uploading(Staging):
         self._marker = placeholders.destination(placeholders.marker_of(target, directory=directory))
         self._old = {path for path in _files(target, directory) if placeholders.found(path) is not None}
         self._sent: dict[str, Remote] = {}
+        self._begun: set[str] = set()
+        self._under_way: set[str] = set()
         self._marked = False
         self._lock = threading.Lock()
 
@@ -61,11 +63,18 @@ class Uploading(Staging):
             if not self._marked:
                 self._mark("writing")
                 self._marked = True
+            self._begun.add(name)
+            self._under_way.add(name)
         staged, (_, key) = self.path / area.out / name, self._place(name)
-        remote = self._store.put(staged, key)
+        try:
+            remote = self._store.put(staged, key)
+        except LorabridgeError:
+            self._under_way.discard(name)
+            raise
         placeholders.fill(staged, remote.url)
         with self._lock:
             self._sent[name] = remote
+            self._under_way.discard(name)
         super()._finished(area, name, staged.stat())
 
     def _mark(self, state: str) -> Remote:
@@ -94,14 +103,19 @@ class Uploading(Staging):
         placeholders.replaced(self.target, written)
 
     def abort(self) -> None:
-        """Take back what was sent, unless it has replaced older objects: then the marker keeps saying ``writing``."""
+        """Take back what was sent, unless it has replaced older objects: then the marker keeps saying ``writing``.
+
+        So it does where sending was interrupted: what is under way may still arrive.
+        """
         published = self._published
         super().abort()
         if published or not self._marked or self._old:
             return
         with suppress(LorabridgeError):  # never hide the error that led here
-            for remote in self._sent.values():
-                self._store.remove(remote.key)
+            for name in sorted(self._begun):
+                self._store.remove(self._place(name)[1])
+            if self._under_way:
+                return
             self._store.remove(self._marker_key())
         self._marked = False
 

@@ -241,6 +241,27 @@ def test_a_failed_run_takes_back_what_it_sent(
     assert s3.find(f"{bucket}/out") == []
 
 
+def test_what_was_under_way_when_a_run_was_interrupted_is_never_read(
+    s3: S3FileSystem, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = stores.Store.put
+
+    def interrupted(self: stores.Store, path: Path, key: str) -> Remote:
+        real(self, path, key)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stores.Store, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lorabridge.convert(EXAMPLE, f"s3://{bucket}/out.ckpt")
+    assert not s3.exists(f"{bucket}/out.ckpt")
+    s3.pipe_file(f"{bucket}/out.ckpt", b"the rest of it arrives")
+    with pytest.raises(InputError, match="never completed"):
+        lorabridge.convert(f"s3://{bucket}/out.ckpt", f"s3://{bucket}/next/")
+    monkeypatch.setattr(stores.Store, "put", real)
+    lorabridge.convert(EXAMPLE, f"s3://{bucket}/out.ckpt")
+    assert marker(s3, f"{bucket}/out.ckpt.lorabridge-commit.json")["state"] == "committed"
+
+
 def test_a_failed_overwriting_leaves_a_marker_that_says_so(
     s3: S3FileSystem, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
