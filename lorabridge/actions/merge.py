@@ -92,25 +92,19 @@ def merge(
             odd = [name for name, change in changes.items() if change.odd]
             warnings.append(f"{total.odd} weights were not finite and are kept as they are, first in {odd[0]}")
         return MergeReport(
+            **job.model.described(),
             base=str(given.base.path),
             adapters=tuple(str(one.path) for one in given.adapters),
-            target=str(job.model.output.target),
-            target_format=job.model.output.format,
-            target_dialect=job.model.goal.name,
             merged=job.merged.parameters,
             replaced=job.merged.replaced,
-            tensors=len(job.model.plan.specs),
-            nbytes=job.model.plan.nbytes,
             seconds=time.perf_counter() - started,
             rows=tuple(MergedRow.of(name, change) for name, change in changes.items()),
             vanished=total.vanished / max(1, total.reached),
             error=total.error,
-            left_out=tuple(job.model.plan.unused),
             carried=tuple(sorted(path.name for path in job.model.carried)),
             not_carried=job.stay,
             warnings=tuple(warnings),
             notes=job.model.notes,
-            digest=job.model.plan.digest,
             dry_run=options.dry_run,
             undo=None if writer is None else writer.summary,
         )

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 from .. import formats, manifest
 from ..conversion import engines, plan
@@ -48,6 +49,18 @@ class _Model:
         raise NotImplementedError
 
 
+class Described(TypedDict):
+    """What reports say about a model that is written: where and as what, how much of it, what stays out."""
+
+    target: str
+    target_format: str
+    target_dialect: str
+    tensors: int
+    nbytes: int
+    left_out: tuple[tuple[str, str], ...]
+    digest: str
+
+
 @dataclass(frozen=True, slots=True)
 class ModelOutput:
     """What is to be written where, planned and not yet run.
@@ -68,6 +81,18 @@ class ModelOutput:
     record: manifest.Manifest | None = None
     carried: Mapping[Path, bytes] = field(default_factory=dict)
     resumable: bool = False
+
+    def described(self) -> Described:
+        """Return what every report says about it."""
+        return {
+            "target": str(self.output.target),
+            "target_format": self.output.format,
+            "target_dialect": self.goal.name,
+            "tensors": len(self.plan.specs),
+            "nbytes": self.plan.nbytes,
+            "left_out": tuple(self.plan.unused),
+            "digest": self.plan.digest,
+        }
 
 
 def goal_of(origin: Dialect, target: Path | str, options: MergeOptions) -> Dialect:

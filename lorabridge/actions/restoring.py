@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypedDict
 
 from ..conversion import plan
 from ..conversion.forward import dialect_named
@@ -48,6 +49,15 @@ class GuessRow:
         return cls(name, guess.elements, guess.blurred / size, guess.wrong / size, guess.largest)
 
 
+class Described(TypedDict):
+    """What reports say about a way back: from where, by what, whether to the bit, and which parameters went it."""
+
+    merged: str
+    undo: str
+    exact: bool
+    restored: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
     """A merged model in its base's names, and the way back from it.
@@ -64,10 +74,19 @@ class Way:
     warnings: tuple[str, ...] = ()
     nodes: frozenset[str] = frozenset()
 
+    def described(self) -> Described:
+        """Return what every report says about it."""
+        return {
+            "merged": str(self.given.base.path),
+            "undo": "" if self.undo is None else str(self.undo.path),
+            "exact": self.undo is not None,
+            "restored": tuple(self.restored.nodes if self.undo is None else self.undo.tensors),
+        }
 
-def open_undo(path: Path | None) -> UndoFile | None:
+
+def open_undo(path: Path | str | None) -> UndoFile | None:
     """Read an undo file through and check it."""
-    return None if path is None else UndoFile(path)
+    return None if path is None else UndoFile(Path(path))
 
 
 def recorded(options: MergeOptions, undo: UndoFile | None, adapters: int) -> MergeOptions:

@@ -94,7 +94,7 @@ def switch(
     started = time.perf_counter()
     old, new = merge_inputs.paths_of(old), merge_inputs.paths_of(new)
     options = options or MergeOptions()
-    kept = restoring.open_undo(None if undo is None else Path(undo))
+    kept = restoring.open_undo(undo)
     told = restoring.recorded(replace(options, weights=()), kept, len(old))
     paths = [*old, *new]
     with merge_inputs.opened(Path(merged), paths, replace(told, weights=())) as given:
@@ -112,27 +112,18 @@ def switch(
         merger, unmerger = _run(writing, way, landed, there, result, options, writer, progress)
         total, rows = overall(merger.changes), restoring.guesses(unmerger)
         return SwitchReport(
-            merged=str(given.base.path),
+            **writing.described(),
+            **way.described(),
             old=tuple(str(one.path) for one in given.adapters[: len(old)]),
             new=tuple(str(one.path) for one in there.adapters),
-            undo="" if undo is None else str(undo),
-            target=str(writing.output.target),
-            target_format=writing.output.format,
-            target_dialect=writing.goal.name,
-            exact=kept is not None,
-            restored=tuple(kept.tensors) if kept is not None else tuple(way.restored.nodes),
-            tensors=len(writing.plan.specs),
-            nbytes=writing.plan.nbytes,
             seconds=time.perf_counter() - started,
             rows=tuple(MergedRow.of(name, change) for name, change in merger.changes.items()),
             vanished=total.vanished / max(1, total.reached),
             guesses=rows,
             wrong=restoring.expected_wrong(rows),
             undo_out=None if writer is None else writer.summary,
-            left_out=tuple(writing.plan.unused),
             notes=(*landed.notes, *writing.notes),
             warnings=(*way.warnings, *warnings, *landed.warnings, *(() if kept is not None else (INEXACT,))),
-            digest=writing.plan.digest,
             dry_run=options.dry_run,
         )
 

@@ -83,7 +83,7 @@ def unmerge(
     cannot be computed back), DifferentError (the digests differ), OutputError, StorageError, UsageError.
     """
     started, paths = time.perf_counter(), merge_inputs.paths_of(adapters)
-    kept = restoring.open_undo(None if undo is None else Path(undo))
+    kept = restoring.open_undo(undo)
     options = restoring.recorded(options or MergeOptions(), kept, len(paths))
     with merge_inputs.opened(Path(merged), paths, options) as given:
         way = restoring.way_back(given, options, kept, partial=True)
@@ -97,26 +97,16 @@ def unmerge(
         if not options.dry_run:
             write(writing, options, Here(unmerger.kernels()), unmerger.check, progress)
         rows = restoring.guesses(unmerger)
-        touched = tuple(kept.tensors) if kept is not None else tuple(way.restored.nodes)
         return UnmergeReport(
-            merged=str(given.base.path),
+            **writing.described(),
+            **way.described(),
             adapters=tuple(str(one.path) for one in given.adapters),
-            undo="" if undo is None else str(undo),
-            target=str(writing.output.target),
-            target_format=writing.output.format,
-            target_dialect=writing.goal.name,
-            exact=kept is not None,
-            restored=touched,
-            tensors=len(writing.plan.specs),
-            nbytes=writing.plan.nbytes,
             seconds=time.perf_counter() - started,
             left_merged=tuple(way.restored.left),
             rows=rows,
             wrong=restoring.expected_wrong(rows),
-            left_out=tuple(writing.plan.unused),
             notes=writing.notes,
             warnings=(*way.warnings, *_warnings(way, exact=kept is not None)),
-            digest=writing.plan.digest,
             dry_run=options.dry_run,
         )
 
