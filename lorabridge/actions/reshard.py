@@ -41,8 +41,8 @@ class ReshardOptions:
     """What a checkpoint is cut into; see ``lorabridge reshard --help``.
 
     ``strategies``, ``step``: about the source. ``to``: strategy files of the target; without them ``sizes`` and
-    ``cuts`` make one. ``format``: container of the ranks' files, the source's where None. ``dcp``: write PyTorch's
-    distributed checkpoint for so many ranks instead.
+    ``cuts`` make one. ``format``: container of the files; where None the ranks' get the source's. ``dcp``: write
+    PyTorch's distributed checkpoint for so many ranks instead.
     """
 
     strategies: tuple[Path, ...] = ()
@@ -262,7 +262,7 @@ def reshard_files(
     """Write ``source``, whole or distributed, as one checkpoint in several files with an index.
 
     ``shards``: how many files at most, as evenly as the tensors allow; ``max_size``: bytes of tensors per file. Names
-    stay as they are. Of ``options`` only what is about the source and the writing counts.
+    stay as they are. Of ``options`` only what is about the source, the writing and the files' container counts.
     """
     started = time.perf_counter()
     given = open_input(Path(source), strategies=options.strategies, step=options.step)
@@ -270,8 +270,9 @@ def reshard_files(
         specs = tuple(given.source.specs.values())
         size = max_size if max_size is not None else _size_for(specs, shards or 1)
         kept = WholeOptions(
-            size, check_replicas=options.check_replicas, workers=options.workers, dry_run=options.dry_run,
-            overwrite=options.overwrite, strategies=options.strategies, step=options.step, engine=options.engine,
+            size, options.format, check_replicas=options.check_replicas, workers=options.workers,
+            dry_run=options.dry_run, overwrite=options.overwrite, strategies=options.strategies, step=options.step,
+            engine=options.engine,
         )  # fmt: skip
         return write_whole(given, f"{str(target).rstrip('/')}/", kept, progress=progress, started=started)
     finally:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from .. import formats
 from ..axes import read
@@ -29,10 +30,12 @@ Progress = Callable[[int, int], None]
 class WholeOptions:
     """How a checkpoint is written; see ``lorabridge reassemble --help``.
 
-    ``strategies`` and ``step``: what the source was opened with, for an ``engine`` that opens it again elsewhere.
+    ``container``: of a directory's files. ``strategies`` and ``step``: what the source was opened with, for an
+    ``engine`` that opens it again elsewhere.
     """
 
     max_shard_size: int | None = None
+    container: Literal["mindspore", "safetensors"] | None = None
     crc: bool = False
     check_replicas: bool = True
     workers: int = 0
@@ -62,6 +65,9 @@ def write_whole(
     """
     framework = framework_of_source(given)
     output = plan_output(target, framework=framework, adapter=False)
+    if options.container is not None:
+        suffix = ".ckpt" if options.container == "mindspore" else ".safetensors"
+        output = replace(output, file=f"model{suffix}", format=options.container)
     place, source = output.target.resolve(), given.path.resolve()
     if place == source or source in place.parents:
         raise OutputError("the output lies on or inside the input", where=str(target), hint="write elsewhere")

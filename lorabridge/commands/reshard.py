@@ -63,9 +63,9 @@ class Given(TypedDict):
         },
         groups={
             "From": ("source_strategies", "step", "check_replicas"),
-            "To MindSpore's ranks": ("strategies", "tp", "pp", "opt_shard", "replicas", "cuts", "format"),
+            "To MindSpore's ranks": ("strategies", "tp", "pp", "opt_shard", "replicas", "cuts"),
             "To something else": ("dcp", "shards", "max_shard_size"),
-            "Writing": ("workers", "dry_run", "overwrite"),
+            "Writing": ("format", "workers", "dry_run", "overwrite"),
             "Machines": ("engine", "address"),
             "Output": OUTPUT,
         },
@@ -91,7 +91,7 @@ class Given(TypedDict):
               help="Data parallel size; by default as many as the optimizer shards.")  # fmt: skip
 @click.option("--cut", "cuts", metavar="REGEX=AXIS", multiple=True,
               help="Which axis tensor parallelism cuts, or `whole`, where no rule knows a name.")  # fmt: skip
-@click.option("--format", type=click.Choice(["ckpt", "safetensors"]), help="Container of the ranks' files.")
+@click.option("--format", type=click.Choice(["ckpt", "safetensors"]), help="Container of the files.")
 @click.option("--dcp", metavar="N", type=click.IntRange(min=1, max=100_000),
               help="Write PyTorch's distributed checkpoint, cut by rows for N ranks.")  # fmt: skip
 @click.option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import mindspore
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from mindspore import nn
 from safetensors.numpy import load_file, save_file
 
+from lorabridge import open_checkpoint
 from lorabridge.actions.reassemble import reassemble
 from lorabridge.actions.reshard import ReshardOptions, reshard, reshard_files
 from lorabridge.distributed.parallel import Sizes
@@ -134,6 +136,17 @@ def test_the_bytes_do_not_depend_on_the_workers(model: Path, tmp_path: Path) -> 
     for workers in (1, 4):
         reshard(model, tmp_path / str(workers), ReshardOptions(sizes=Sizes(4, 2, 2), workers=workers))
     assert files(tmp_path / "1") == files(tmp_path / "4")
+
+
+@pytest.mark.parametrize(("format", "suffix"), [("mindspore", "ckpt"), ("safetensors", "safetensors")])
+def test_the_files_of_one_checkpoint_have_the_container_that_is_asked_for(
+    model: Path, tmp_path: Path, format: Literal["mindspore", "safetensors"], suffix: str
+) -> None:
+    reshard_files(model, tmp_path / "whole", ReshardOptions(format=format), shards=2)
+    shards = [f"model-0000{i}-of-00002.{suffix}" for i in (1, 2)]
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [*shards, f"model.{suffix}.index.json"]
+    with open_checkpoint(tmp_path / "whole") as held:
+        assert {name: held[name].tobytes() for name in held.specs} == {n: v.tobytes() for n, v in llama().items()}
 
 
 @pytest.mark.parametrize("shards", [1, 3])
