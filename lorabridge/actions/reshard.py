@@ -270,9 +270,9 @@ def reshard_files(
         specs = tuple(given.source.specs.values())
         size = max_size if max_size is not None else _size_for(specs, shards or 1)
         kept = WholeOptions(
-            size, options.format, check_replicas=options.check_replicas, workers=options.workers,
-            dry_run=options.dry_run, overwrite=options.overwrite, strategies=options.strategies, step=options.step,
-            engine=options.engine,
+            size, check_replicas=options.check_replicas, workers=options.workers, dry_run=options.dry_run,
+            overwrite=options.overwrite, strategies=options.strategies, step=options.step, engine=options.engine,
+            container=options.format,
         )  # fmt: skip
         return write_whole(given, f"{str(target).rstrip('/')}/", kept, progress=progress, started=started)
     finally:

@@ -35,7 +35,6 @@ class WholeOptions:
     """
 
     max_shard_size: int | None = None
-    container: Literal["mindspore", "safetensors"] | None = None
     crc: bool = False
     check_replicas: bool = True
     workers: int = 0
@@ -44,6 +43,7 @@ class WholeOptions:
     strategies: tuple[Path, ...] = ()
     step: str | None = None
     engine: Engine = field(default_factory=Engine)
+    container: Literal["mindspore", "safetensors"] | None = None
 
 
 def _plan(source: Source) -> plan.Plan:
