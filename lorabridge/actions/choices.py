@@ -29,7 +29,7 @@ from ..manifest import Manifest
 class ConvertOptions:
     """Everything a conversion can be told; see ``lorabridge convert --help`` for the meaning of each.
 
-    ``encrypt`` uses the key that is in use (``formats.keys``), or that of ``new_key_file``.
+    ``base_name`` is what an adapter is to call its base model. ``encrypt`` uses the key that is in use (``formats.keys``), or that of ``new_key_file``.
     """
 
     source_dialect: str | None = None
@@ -49,6 +49,7 @@ class ConvertOptions:
     adapter_only: bool = False
     max_shard_size: int | None = None
     crc: bool = False
+    base_name: str | None = None
     encrypt: str | None = None
     new_key_file: Path | None = None
     workers: int = 0
@@ -242,6 +243,7 @@ def settings_for(given: Input, choice: Choice, options: ConvertOptions) -> Setti
         dtype=dtype_named(options.dtype) if options.dtype else None,
         on_overflow=options.on_overflow,
         dequantize=options.dequantize,
+        base_name=options.base_name,
     )
 
 

@@ -13,7 +13,7 @@ from ..arithmetic import numerics
 from ..axes import Expr, reads
 from ..conversion import engines, execute, plan, wayback
 from ..conversion.accounts import Numeric
-from ..conversion.forward import Forward, forward, options_text
+from ..conversion.forward import BASE_NAME, Forward, forward, options_text
 from ..conversion.repository import ADAPTER_CONFIG, MODEL_CONFIG, Input, files_of, open_input, run_identity
 from ..conversion.shares import InputOpener
 from ..dialects import CONFIGURED, PIPELINES
@@ -22,7 +22,7 @@ from ..dialects.deltas import COUNTERPARTS
 from ..dialects.diffusers_write import METADATA
 from ..dialects.mindformers_config import config_files
 from ..distributed.assembled import Assembled
-from ..errors import MappingError, OutputError
+from ..errors import MappingError, OutputError, UsageError
 from ..files.fsio import require_space
 from ..files.uploading import staged
 from ..formats.encrypted import Encryption
@@ -97,7 +97,7 @@ def plan_conversion(given: Input, target: Path | str, options: ConvertOptions) -
         if not other:
             back = returning.way(given.source, undone, mappings=options.mappings)
         if back.exact:
-            return _return_job(given, choice, undone[-1], back)
+            return _with_base(_return_job(given, choice, undone[-1], back), options)
         reason = f"not restored from the manifest: {back.reason}; read as any {choice.origin.name} file instead"
         choice = replace(choice, warnings=(*choice.warnings, reason))
         try:
@@ -139,6 +139,18 @@ def _return_job(given: Input, choice: Choice, kept: manifest.Manifest, back: way
     )
 
 
+def _with_base(job: Job, options: ConvertOptions) -> Job:
+    """Let what is restored call its base as the options do; UsageError where it has no place for the name."""
+    if options.base_name is None:
+        return job
+    if not job.config or BASE_NAME not in job.config:
+        raise UsageError(
+            "what is restored has no place for the base model's name", where=f"--base-name {options.base_name}",
+            hint="leave --base-name out",
+        )  # fmt: skip
+    return replace(job, config={**job.config, BASE_NAME: options.base_name})
+
+
 def _forward_job(given: Input, choice: Choice, options: ConvertOptions) -> Job:
     content = given.content(choice.facts)
     settings = settings_for(given, choice, options)
@@ -159,12 +171,8 @@ def _forward_job(given: Input, choice: Choice, options: ConvertOptions) -> Job:
         notes.append(
             "module paths are unchanged; --family gives another project's names (lorabridge inspect names tables)"
         )
-    if (
-        choice.goal.name == "peft"
-        and choice.output.directory
-        and not (made.config or {}).get("base_model_name_or_path")
-    ):
-        notes.append("adapter_config.json names no base model: fill in base_model_name_or_path before you publish it")
+    if choice.goal.name == "peft" and choice.output.directory and not (made.config or {}).get(BASE_NAME):
+        notes.append("adapter_config.json names no base model: --base-name fills it in, which publishing needs")
     return Job(
         choice=choice,
         plan=planned,

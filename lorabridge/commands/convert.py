@@ -73,6 +73,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
     layers: str | None
     compress: str | None
     adapter_only: bool
+    base_name: str | None
     encrypt: str | None
     new_key_file: Path | None
     strategies: tuple[Path, ...]
@@ -93,7 +94,7 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
             "What the source does not say": tuple(FACTS),
             "Selection": ("include", "exclude", "layers", "adapter_only"),
             "Numbers": ("dtype", "on_overflow", "dequantize", "compress"),
-            "Writing": ("max_shard_size", "crc", "workers", "dry_run", "overwrite"),
+            "Writing": ("base_name", "max_shard_size", "crc", "workers", "dry_run", "overwrite"),
             "Encrypted checkpoints": ("key_file", "encrypt", "new_key_file"),
             "Ranks": ("strategies", "step", "check_replicas"),
             "Machines": ("engine", "address"),
@@ -142,6 +143,8 @@ class Given(NamedGiven, StatedGiven, WrittenGiven, ShownGiven):
               "--dtype. The way back is not to float8.")  # fmt: skip
 @click.option("--compress", metavar="[TOL|RANK]",
               help="Reduce ranks by SVD to a relative error or to a rank; alone, to 1e-6.")  # fmt: skip
+@click.option("--base-name", metavar="NAME",
+              help="What an adapter's config calls its base model: a hub name or a path.")  # fmt: skip
 @model_options("Split the output: 5GB, 500MiB ...")
 @key_option
 @click.option("--encrypt", metavar="MODE", type=click.Choice(["aes-gcm", "aes-cbc", "sm4-cbc"]),
@@ -193,7 +196,8 @@ def _options(given: Given) -> ConvertOptions:
         facts=stated(given), dtype=given["dtype"], on_overflow=given["on_overflow"],
         dequantize=given["dequantize"],
         include=given["include"], exclude=given["exclude"], layers=given["layers"], compress=given["compress"],
-        adapter_only=given["adapter_only"], max_shard_size=given["max_shard_size"], crc=given["crc"],
+        adapter_only=given["adapter_only"], base_name=given["base_name"],
+        max_shard_size=given["max_shard_size"], crc=given["crc"],
         encrypt=given["encrypt"], new_key_file=given["new_key_file"],
         workers=given["workers"], dry_run=given["dry_run"], overwrite=given["overwrite"],
         engine=Engine(given["engine"], given["address"]), strategies=given["strategies"], step=given["step"],

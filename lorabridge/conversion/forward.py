@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Literal
 from .. import dialects
 from ..axes import Expr, cast, reads
 from ..dialects import blockscales, deltas, experts, factors
-from ..dialects.adapter import Adapter, Content, Dialect, Fact, Facts, Json, LoraModule
+from ..dialects.adapter import Adapter, Content, Dialect, Fact, Facts, Json, LoraModule, Written
 from ..dialects.peft_config import unsupported_fields
 from ..dialects.peft_write import of_part
 from ..dtypes import BY_NAME, DType
-from ..errors import MappingError, counted
+from ..errors import MappingError, UsageError, counted
 from ..names import natural_key
 from .selection import Selection, select, tensors_of
 
@@ -26,12 +26,17 @@ if TYPE_CHECKING:
     from ..families.tables import Table
 
 
+BASE_NAME = "base_model_name_or_path"
+"""The field of peft's config that names the base model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What a conversion depends on beside the source's headers.
 
     ``compress``: per target module path the rank to which its factors are compressed (see ``factors.compress``).
-    ``dequantize``: multiply float8 weights by the scales of their blocks (see ``dialects.blockscales``).
+    ``dequantize``: multiply float8 weights by the scales of their blocks (see ``dialects.blockscales``). ``base_name``:
+    what the target calls the base model.
     """
 
     family: str = "identity"
@@ -45,6 +50,7 @@ class Settings:
     on_overflow: str = "error"
     compress: Mapping[str, int] = field(default_factory=dict)
     dequantize: bool = False
+    base_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +107,11 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
     _check_expressible(mapped, target)
     if settings.compress:
         mapped = replace(mapped, modules=tuple(_compressed(mapped.modules, target, settings)))
+    if settings.base_name is not None:
+        mapped = replace(mapped, config={**mapped.config, BASE_NAME: settings.base_name})
     written = target.write(mapped, settings.target_facts.then(Facts((Fact("*", "table", settings.family),))))
+    if settings.base_name is not None:
+        _check_named(settings.base_name, written, target)
     tensors = sorted(written.tensors, key=lambda row: natural_key(row[0]))
     outputs = tuple((name, _typed(expr, settings)) for name, expr in tensors)
     _check_all_used(content, outputs, dropped, unselected)
@@ -109,6 +119,16 @@ def forward(content: Content, source: Dialect, target: Dialect, settings: Settin
         mapped, outputs, written.config, written.facts, tuple(dropped), unselected, tuple(written.notes), ties,
         tuple(written.modules), written.files, written.metadata,
     )  # fmt: skip
+
+
+def _check_named(name: str, written: Written, target: Dialect) -> None:
+    """Refuse a name for the base model where nothing that is written says it."""
+    said = [value for config in (written.config, written.metadata) for value in (config or {}).values()]
+    if name not in said and not any(name in text for text in written.files.values()):
+        raise UsageError(
+            f"a file of {target.name!r} has no place for the base model's name", where=f"--base-name {name}",
+            hint="leave --base-name out, or write a peft directory (--to peft)",
+        )  # fmt: skip
 
 
 def _check_factors(adapter: Adapter, target: Dialect) -> None:
