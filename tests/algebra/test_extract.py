@@ -141,7 +141,7 @@ def test_a_mindspore_target_gets_mindspore_names(tmp_path: Path) -> None:
     from lorabridge import convert
 
     base, tuned, net = two_models(tmp_path, {"q.weight": 0.1})
-    with pytest.raises(UsageError, match="other framework"):
+    with pytest.raises(UsageError, match="other names"):
         extract(base, tuned, tmp_path / "out.ckpt", ExtractOptions(rank=2))
     extract(base, tuned, tmp_path / "out.ckpt", ExtractOptions(rank=2, family="identity"))
     convert(tmp_path / "out.ckpt", tmp_path / "back")
