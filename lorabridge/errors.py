@@ -28,6 +28,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what another library's error says, or "" where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 class LorabridgeError(Exception):
     """State what is wrong, where it is and what to do about it.
 

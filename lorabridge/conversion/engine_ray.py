@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from ..errors import LorabridgeError, StorageError, UsageError
+from ..errors import LorabridgeError, StorageError, UsageError, first_line
 from . import endpoint
 from .shares import Done, Refused, Share, Stamps, do
 from .survey import Reply, judge, probing, reply
@@ -191,7 +191,7 @@ def _initialize(where: str, **arguments: object) -> None:
                 hint="install the same ray under the same Python on every machine, this one included",
             ) from error  # fmt: skip
         raise UsageError(
-            f"no Ray cluster could be joined: {_first_line(error)}", where=where,
+            f"no Ray cluster could be joined: {_cause(error)}", where=where,
             hint="run on a machine of the cluster (`ray start --address` makes this one join), and see `ray status`",
         ) from error  # fmt: skip
     except SystemExit:  # what Ray's own handler makes of SIGTERM
@@ -240,9 +240,9 @@ def _reply(get: Callable[[object], Reply], reference: object) -> Reply | str:
     try:
         return get(reference)
     except RayTaskError as error:
-        return f"lorabridge does not run there: {_first_line(error.cause or error)}"
+        return f"lorabridge does not run there: {_cause(error.cause or error)}"
     except RayError as error:
-        return f"no answer: {_first_line(error)}"
+        return f"no answer: {_cause(error)}"
 
 
 def results(shares: Iterator[Share], window: int) -> Iterator[Done]:
@@ -292,12 +292,12 @@ def _result(get: Callable[[object], Done | Refused], reference: object) -> Done:
         done = get(reference)
     except RayTaskError as error:
         raise LorabridgeError(
-            f"a worker failed: {_first_line(error.cause or error)}",
+            f"a worker failed: {_cause(error.cause or error)}",
             hint="install the same lorabridge, with its dependencies, on every machine of the cluster",
         ) from error
     except RayError as error:
         raise StorageError(
-            f"workers were lost {RETRIES + 1} times: {_first_line(error)}",
+            f"workers were lost {RETRIES + 1} times: {_cause(error)}",
             hint="look at `ray status`: machines that leave, or too little memory",
         ) from error
     if isinstance(done, Refused):
@@ -305,5 +305,5 @@ def _result(get: Callable[[object], Done | Refused], reference: object) -> Done:
     return done
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _cause(error: BaseException) -> str:
+    return first_line(error) or type(error).__name__

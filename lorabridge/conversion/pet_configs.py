@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..dialects.mindformers_config import pet_section
-from ..errors import InputError, UsageError
+from ..errors import InputError, UsageError, first_line
 from ..formats.untrusted import read_small, shown
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def read_yaml(path: Path) -> Json:
             raise ValueError(f"over {MAX_BYTES >> 20} MiB")
         raw = yaml.safe_load(data.decode("utf-8"))
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        told = first_line(error) or type(error).__name__
         raise InputError(f"config is not valid yaml: {told}", where=shown(str(path)), hint="repair the file") from error
     section = pet_section(raw) if isinstance(raw, Mapping) else None
     if section is None:

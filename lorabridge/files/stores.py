@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, LorabridgeError, StorageError, UsageError
+from ..errors import InputError, LorabridgeError, StorageError, UsageError, first_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -62,7 +62,7 @@ class Store:
             name = f"FSSPEC_{self.protocol.upper()}"
             told = _SETTINGS.get(self.protocol, f"{name}_ENDPOINT_URL, {name}_KEY ...")
             hint = f"check the network, the keys and the endpoint ({told})"
-            raise StorageError(f"the store refused: {_first_line(error)}", where=self.url(key), hint=hint) from error
+            raise StorageError(f"the store refused: {_named(error)}", where=self.url(key), hint=hint) from error
 
     def entries(self, key: str) -> dict[str, Remote]:
         """Return the objects of this name, below it and beside it, by key; as they are now."""
@@ -195,11 +195,11 @@ def store(protocol: str) -> Store:
         return Store(protocol, fsspec.filesystem(protocol))
     except (ValueError, ImportError) as error:
         raise UsageError(
-            f"no store is known by that name: {_first_line(error)}", where=f"{protocol}://",
+            f"no store is known by that name: {_named(error)}", where=f"{protocol}://",
             hint="s3://, obs:// and hf:// come with 'lorabridge[remote]', others with the package that fsspec names",
         ) from error  # fmt: skip
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+def _named(error: BaseException) -> str:
+    text = first_line(error)[:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
