@@ -11,7 +11,7 @@ from ..errors import SHOWN, MappingError
 from ..names import Template
 from ..sizes import SizeError
 from .completeness import CONFIG
-from .rules import Face, Field, Rule, SideName, Slot, Stack, Table, slots
+from .rules import Buffer, Face, Field, Rule, SideName, Slot, Stack, Table, slots
 from .stacks import Stacks
 from .variants import Hit, Index, Owner, Variant
 
@@ -92,7 +92,7 @@ class Work:
                 self.complain(f"{name}: its number decides between {refs}", CONFIG)
                 return None
             hits = near
-        if not hits:
+        if not hits or (self.sizes is not None and isinstance(hits[0].what, Buffer) and not self._inside(hits[0])):
             self.unmapped(name)
             return None
         return (hits[0].what, hits[0].bindings) if self._counts_fit(name, hits[0]) else None
@@ -102,7 +102,12 @@ class Work:
         return self.sizes is not None and all(value in known.get(h, (value,)) for h, value in hit.bindings.items())
 
     def _counts_fit(self, name: str, hit: Hit) -> bool:
+        """Check numbers against the config; what is left out because of its number needs one."""
         before = len(self.problems)
+        if isinstance(hit.what, Buffer) and self.sizes is None:
+            spans = [span.start(self.source).text for hole, span in self.table.holes if hole in hit.bindings]
+            if any(start != "0" for start in spans):
+                self.complain(f"{name}: its number decides whether {hit.what.ref} leaves it out", CONFIG)
         for hole, numbers in self.numbers[self.source].items() if isinstance(hit.what, Slot) else ():
             value = hit.bindings.get(hole)
             if value is not None and value not in numbers:
