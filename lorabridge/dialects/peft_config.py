@@ -84,8 +84,17 @@ class Settings:
         keys = self.alpha_keys.matching(path)
         return self.alpha_pattern[keys[0]] if keys else self.alpha_pattern.get(path, self.alpha)
 
-    def parameters_of(self, path: str) -> list[str]:
-        """Return the parameters of a module that target_parameters may name, sorted."""
+    def parameters_of(self, path: str, levels: int) -> list[str]:
+        """Return the parameters of a module with so many layers of factors that target_parameters may name, sorted.
+
+        A name without a module, which peft itself writes for experts (``gate_up_proj``), is that of a parameter in any
+        module: it does not count for a layer that target_modules select, nor where names with the module say all.
+        """
+        exact = targets_of([target for target in self.target_parameters if "." in target], path)
+        if len(exact) == levels or not self.target_parameters:
+            return exact
+        if not exact and levels == 1 and self.config is not None and selected(self.config, [path]):
+            return []
         return targets_of(self.target_parameters, path)
 
     def saves(self, path: str) -> bool:

@@ -71,7 +71,7 @@ class Reader:
 
     def _modules_of(self, path: str, levels: Mapping[int, Parts]) -> list[LoraModule]:
         """Return what peft put around one module: a layer, or layers around its parameters, the last one outermost."""
-        names = self.settings.parameters_of(path)
+        names = self.settings.parameters_of(path, len(levels))
         if set(levels) == {0} and (not names or is_plain(path, levels[0], names, self.settings)):
             module = self._module(path, levels[0])
             return [] if module is None else [module]

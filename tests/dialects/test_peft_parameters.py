@@ -192,3 +192,32 @@ def test_a_router_s_own_matrix_is_an_ordinary_module(tmp_path: Path) -> None:
     adapted("Mixtral", tmp_path, target_parameters=["mlp.gate.weight"])
     modules = PEFT.parse(content(tmp_path)).modules
     assert [(m.path, m.stack) for m in modules] == [(f"model.layers.{i}.mlp.gate", None) for i in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("Mixtral", ["q_proj", "v_proj", "w1", "w2", "w3"]),
+        ("Qwen3Moe", "all-linear"),
+        ("Qwen3Moe", ["k_proj", "gate_proj", "up_proj", "down_proj"]),
+    ],
+)
+def test_targets_that_peft_turned_into_parameters_without_a_module(
+    name: str, targets: list[str] | str, tmp_path: Path
+) -> None:
+    """peft rewrites names of single experts as ``gate_up_proj`` with twice the rank, beside ordinary layers."""
+    model = adapted(name, tmp_path, target_modules=targets)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {"gate_up_proj", "down_proj"} <= set(config["target_parameters"])
+    made = deltas(PEFT.parse(content(tmp_path)), tmp_path)
+    before, after = network(name).state_dict(), model.merge_and_unload().state_dict()
+    changed = {key for key in after if not torch.equal(after[key], before[key])}
+    reached = set()
+    for path, delta in made.items():
+        parameter, _, number = path.rpartition(".")
+        plain = f"{path}.weight" in after
+        reached.add(f"{path}.weight" if plain else parameter)
+        key = f"{path}.weight" if plain else parameter
+        change = (after[key].double() - before[key].double()).numpy()
+        np.testing.assert_allclose(delta, change if plain else change[int(number)], atol=1e-5)
+    assert reached == changed
