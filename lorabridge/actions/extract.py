@@ -6,9 +6,9 @@ import hashlib
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,10 @@ from ..arithmetic.floats import values
 from ..conversion.forward import dialect_named
 from ..conversion.repository import framework_of
 from ..dialects import naming
-from ..dialects.adapter import Adapter, Extra, Facts, LoraModule, Scaling, Term
+from ..dialects.adapter import Adapter, Extra, LoraModule, Scaling, Term
 from ..dialects.blockscales import refuse_scaled
 from ..errors import InputError, UsageError
+from ..files.placeholders import spoken
 from ..joined import Joined, prefixed
 from ..merging.identity import BASE_KEY, BaseMark, weight_mark
 from ..names import natural_key
@@ -30,8 +31,9 @@ from .choices import dtype_named
 from .extract_changes import Changed, Changes, Pair, find_changes
 from .extract_report import ExtractedRow, ExtractReport
 from .publish import Origin, Target, adapter_target, check_free, pack, publish
-from .routes import Told, named_route
+from .routes import named_route
 from .sides import Rows, Side, open_side
+from .stated import Stated, Told
 
 Progress = Callable[[int, int], None]
 KEPT_BYTES = 256 << 20
@@ -39,7 +41,7 @@ KEPT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class ExtractOptions:
+class ExtractOptions(Stated):
     """Everything an extraction can be told.
 
     ``rank``, ``energy``: of each module; with both the rank is a limit. ``save``: globs on modules that go into the
@@ -54,11 +56,6 @@ class ExtractOptions:
     exclude: tuple[str, ...] = ()
     save: tuple[str, ...] = ()
     target_dialect: str | None = None
-    family: str | None = None
-    config: Path | None = None
-    layout: Mapping[str, str] = field(default_factory=dict)
-    mappings: Path | None = None
-    facts: Facts = field(default_factory=Facts)
     workers: int = 0
     dry_run: bool = False
     overwrite: bool = False
@@ -241,4 +238,4 @@ def _adapter(changes: Changes, made: tuple[LoraModule, ...], base: Side, tuned: 
     """Put the factors, and what goes beside them, together over the joined sources."""
     beside: tuple[Extra, ...] = tuple(sorted(changes.extras, key=lambda extra: natural_key(extra.name)))
     lifted = prefixed(Adapter((), beside), "tuned", tuned.specs)
-    return replace(lifted, modules=made, config={"base_model_name_or_path": base.path} if made else {})
+    return replace(lifted, modules=made, config={"base_model_name_or_path": spoken(base.path)} if made else {})

@@ -180,6 +180,20 @@ def test_a_merge_is_verified_from_its_record_wherever_its_files_lie(
     assert b"lorabridge-remote" not in (tmp_path / "merged.safetensors").read_bytes()
 
 
+def test_what_is_extracted_in_the_store_names_its_base_as_the_store_does(
+    model: torch.nn.Module, send: Send, s3: S3FileSystem, bucket: str, tmp_path: Path
+) -> None:
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    save_file(weights, tmp_path / "base.safetensors")
+    weights["0.weight"] = weights["0.weight"] + np.outer(np.ones(32), np.arange(24)).astype(np.float32)
+    save_file(weights, tmp_path / "tuned.safetensors")
+    base = send(tmp_path / "base.safetensors", "base.safetensors")
+    tuned = send(tmp_path / "tuned.safetensors", "tuned.safetensors")
+    assert run(["extract", base, tuned, f"s3://{bucket}/found/", "--rank", "2"]) == 0
+    assert json.loads(s3.cat_file(f"{bucket}/found/adapter_config.json"))["base_model_name_or_path"] == base
+    assert not any(b"lorabridge-remote" in s3.cat_file(key) for key in s3.find(f"{bucket}/found"))
+
+
 def test_ranks_are_cut_into_the_store_and_put_together_again(
     model: torch.nn.Module, send: Send, s3: S3FileSystem, bucket: str, tmp_path: Path
 ) -> None:
