@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -23,22 +22,19 @@ from ..errors import InputError, MappingError, OutputError, UsageError
 from ..formats import keys
 from ..formats.encrypted import MAGICS, Encryption, Mode
 from ..manifest import Manifest
+from .stated import Stated
 
 
 @dataclass(frozen=True, slots=True)
-class ConvertOptions:
+class ConvertOptions(Stated):
     """Everything a conversion can be told; see ``lorabridge convert --help`` for the meaning of each.
 
-    ``base_name`` is what an adapter is to call its base model. ``encrypt`` uses the key that is in use (``formats.keys``), or that of ``new_key_file``.
+    ``base_name`` is what an adapter is to call its base model. ``encrypt`` uses the key that is in use
+    (``formats.keys``), or that of ``new_key_file``.
     """
 
     source_dialect: str | None = None
     target_dialect: str | None = None
-    family: str | None = None
-    config: Path | None = None
-    layout: Mapping[str, str] = field(default_factory=dict)
-    mappings: Path | None = None
-    facts: Facts = field(default_factory=Facts)
     dtype: str | None = None
     on_overflow: str = "error"
     dequantize: bool = False

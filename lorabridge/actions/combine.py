@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..conversion.repository import read_json
 from ..conversion.selection import Selection, select
 from ..dialects import naming
-from ..dialects.adapter import Adapter, Extra, Facts, Json, LoraModule, Value
+from ..dialects.adapter import Adapter, Extra, Json, LoraModule, Value
 from ..dialects.peft_config import changes_base
 from ..dialects.peft_write import of_part
 from ..errors import InputError, MappingError, UsageError
@@ -26,14 +26,15 @@ from .choices import dtype_named
 from .combine_methods import METHODS, Maker, Part
 from .combine_report import CombinedRow, CombineReport
 from .publish import Origin, adapter_target, check_free, pack, publish
-from .routes import Told, named_route
+from .routes import named_route
 from .sides import Side, bits_of, open_side
+from .stated import Stated
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class CombineOptions:
+class CombineOptions(Stated):
     """Everything a combination can be told.
 
     ``weights``: (glob on module paths, one weight per adapter), the first match counts; 1 where none matches.
@@ -48,11 +49,6 @@ class CombineOptions:
     election: str = "total"
     seed: int = 0
     target_dialect: str | None = None
-    family: str | None = None
-    config: Path | None = None
-    layout: Mapping[str, str] = field(default_factory=dict)
-    mappings: Path | None = None
-    facts: Facts = field(default_factory=Facts)
     dtype: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -189,7 +185,7 @@ def _ready(
     sides: Sequence[Side], options: CombineOptions, names: str, config: Json | None
 ) -> list[Adapter]:  # fmt: skip
     """Return the adapters in the target's names, selected, each over the joined sources."""
-    way = named_route(Told(options.family, options.layout, options.mappings), config)
+    way = named_route(options.told, config)
     bare = [side.path for side in sides if not side.adapter.modules]
     if bare:
         raise InputError("an input carries no LoRA factors", where=bare, hint="name adapters only")

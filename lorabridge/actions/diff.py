@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +15,23 @@ from ..arithmetic import floats
 from ..arithmetic.floats import Bits
 from ..axes import Expr
 from ..conversion.selection import Selection, select, tensors_of
-from ..dialects.adapter import Adapter, Extra, Facts, LoraModule
+from ..dialects.adapter import Adapter, Extra, LoraModule
 from ..dtypes import DType
 from ..errors import MappingError, UsageError
 from ..names import natural_key
 from ..tensors import Source
 from . import bounds
 from .diff_report import DeltaRow, DiffReport, TensorRow
-from .routes import Told, route
+from .routes import route
 from .sides import Rows, Side, open_side
+from .stated import Stated
 from .thin import Thin, difference, thin
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class DiffOptions:
+class DiffOptions(Stated):
     """Everything a comparison can be told.
 
     ``tolerance``: relative Frobenius error up to which a tensor or a delta counts as the same; None: tensors must be
@@ -40,11 +41,6 @@ class DiffOptions:
     tolerance: float | None = None
     source_dialect: str | None = None
     target_dialect: str | None = None
-    family: str | None = None
-    config: Path | None = None
-    layout: Mapping[str, str] = field(default_factory=dict)
-    mappings: Path | None = None
-    facts: Facts = field(default_factory=Facts)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -80,7 +76,7 @@ def _common(one: Side, two: Side, options: DiffOptions) -> tuple[Adapter, Adapte
     _check_kinds(one, two)
     known = [side.kept for side in (two, one) if side.kept is not None]
     kept = next((one for one in known if one.options.get("family", "identity") != "identity"), None)
-    way = route(one, two, (), kept, Told(options.family, options.layout, options.mappings))
+    way = route(one, two, (), kept, options.told)
     wanted = Selection(options.include, options.exclude)
     carried = way.carry(one.adapter, one.names, two.names)
     mine, gone = select(carried, wanted)

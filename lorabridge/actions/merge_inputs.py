@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..merging.identity import MERGED_KEY, merged_mark
 from ..merging.landing import home_of, moved_prefix
 from ..merging.planning import Addition
 from .choices import source_dialect
+from .stated import Stated
 from .storage_order import Named, oriented
 
 BASE = "base"
@@ -32,16 +33,11 @@ _WHOSE = {"hf": "PyTorch", "ms": "MindSpore"}
 
 
 @dataclass(frozen=True, slots=True)
-class MergeOptions:
+class MergeOptions(Stated):
     """Everything a merge can be told; see ``lorabridge merge --help`` for the meaning of each."""
 
     adapter_dialect: str | None = None
     target_dialect: str | None = None
-    family: str | None = None
-    config: Path | None = None
-    layout: Mapping[str, str] = field(default_factory=dict)
-    mappings: Path | None = None
-    facts: Facts = field(default_factory=Facts)
     weights: tuple[float, ...] = ()
     exact: bool = False
     residual_base: bool = False

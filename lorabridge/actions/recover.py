@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,9 @@ from .inspect import family_candidates
 from .inspect_pairs import loose_pairs
 from .recover_fit import Fit, Reading, fit, readings
 from .recover_report import RecoveredRow, RecoverReport, suggest
-from .routes import Route, Told, named_route, route
+from .routes import Route, named_route, route
 from .sides import Rows, Side, numbers_of, open_side
+from .stated import Stated
 from .thin import thin
 
 Progress = Callable[[int, int], None]
@@ -41,14 +42,8 @@ PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
-class RecoverOptions:
+class RecoverOptions(Stated):
     """Everything an estimation can be told; ``facts`` are taken as known."""
-
-    family: str | None = None
-    config: Path | None = None
-    layout: Mapping[str, str] = field(default_factory=dict)
-    mappings: Path | None = None
-    facts: Facts = field(default_factory=Facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +136,7 @@ def recover(
 
 def _way(models: Sequence[Side], adapter: Side | None, options: RecoverOptions) -> Route:
     """Return the route from the models' names to the adapter's: of a file that no dialect reads only what is named."""
-    told = Told(options.family, options.layout, options.mappings)
+    told = options.told
     if adapter is not None:
         other = next((m for m in models if m.names != adapter.names), models[0])
         return route(other, adapter, models, adapter.kept, told)

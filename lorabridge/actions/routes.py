@@ -12,6 +12,7 @@ from ..families import tables
 from ..manifest import Manifest
 from .inspect import family_candidates
 from .sides import Side
+from .stated import Told
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +33,6 @@ class Route:
             return adapter
         side = "hf" if to == "hf" else "ms"
         return tables.map_adapter(self.table, adapter, to=side, sizes=self.sizes, layout=self.layout)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What the options of a command say about names."""
-
-    family: str | None = None
-    layout: Mapping[str, str] = field(default_factory=dict)
-    mappings: Path | None = None
 
 
 def named_route(told: Told, config: Json | None) -> Route:

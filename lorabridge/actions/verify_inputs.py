@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..dialects.adapter import Facts
-from .routes import Told
 from .sides import Side, open_side
+from .stated import Stated
 from .verify_report import ComparedFile
 
 
 @dataclass(frozen=True, slots=True)
-class VerifyOptions:
+class VerifyOptions(Stated):
     """Everything a verification can be told.
 
     ``depths``: those asked for by name; where none is, *tensors* and *layers* if possible. ``model``: depth *model*
@@ -26,17 +24,7 @@ class VerifyOptions:
     model: bool = False
     source_dialect: str | None = None
     target_dialect: str | None = None
-    family: str | None = None
-    config: Path | None = None
-    layout: Mapping[str, str] = field(default_factory=dict)
-    mappings: Path | None = None
-    facts: Facts = field(default_factory=Facts)
     seed: int = 0
-
-    @property
-    def told(self) -> Told:
-        """What is said about names."""
-        return Told(self.family, self.layout, self.mappings)
 
 
 def opened(role: str, path: Path, options: VerifyOptions, base: Side | None = None) -> Side:

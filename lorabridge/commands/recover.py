@@ -63,7 +63,9 @@ def recover(
     from ..actions.recover import recover as run
     from ..actions.recover_report import HEADER
 
-    options = RecoverOptions(family, config, pairs(layout, "--layout"), mappings, stated)
+    options = RecoverOptions(
+        family=family, config=config, layout=pairs(layout, "--layout"), mappings=mappings, facts=stated
+    )
     with Progress("fitting", enabled=not (no_progress or quiet)) as progress:
         found = run(base, merged, adapter, options, progress=progress)
     if json:
