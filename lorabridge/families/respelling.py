@@ -22,11 +22,12 @@ def respell(
     """Rename an adapter's modules as ``like`` spells them: names of a checkpoint on the same side.
 
     Transformers 5 holds experts in one tensor and saves them one by one; peft's adapters name what it holds. How the
-    rows lie on the other side does not matter, so any layout of it will do. Exact, as every conversion is. Raises as
-    :func:`map_adapter` does.
+    rows lie on the other side does not matter, so any layout of it will do; ``layout`` counts where names do not tell.
+    Exact, as every conversion is. Raises as :func:`map_adapter` does.
     """
     paths = [module.path for module in adapter.modules] + [extra.name for extra in adapter.extras]
-    given = dict(layout or {})
+    shown = [evidence_of(table, names, side=side, layout={}).implied for names in (paths, like)]
+    given = {key: choice for key, choice in (layout or {}).items() if not any(key in implied for implied in shown)}
     mine = evidence_of(table, paths, side=side, layout=given)
     theirs = evidence_of(table, like, side=side, layout=given)
     there = _chosen(table, given, mine)

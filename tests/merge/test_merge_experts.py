@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from lorabridge import ConvertOptions, MergeOptions, convert, merge, open_checkpoint, unmerge
+from lorabridge.dialects.adapter import Fact, Facts
 from lorabridge.errors import MappingError
 
 MOE = {
@@ -143,6 +144,31 @@ def test_an_adapter_goes_to_pynative_stacks_and_back(name: str, tmp_path: Path) 
     one, two = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("adapter", "back"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("layout", [{}, {"hf_experts": "memory"}, PLAIN])
+def test_experts_of_a_converted_adapter_land_in_files_whatever_its_layout_was(
+    layout: dict[str, str], tmp_path: Path
+) -> None:
+    """The base's names say how it stores experts; a layout that is told, or kept in a manifest, was the adapter's."""
+    saved("Qwen3Moe", tmp_path, torch.float32)
+    config, family = tmp_path / "base" / "config.json", "qwen3_moe_mcore"
+    made = {**PLAIN, "hf_experts": "memory"}
+    convert(tmp_path / "adapter", tmp_path / "a.ckpt", ConvertOptions(target_dialect="pynative", family=family,
+                                                                      layout=PLAIN, config=config))  # fmt: skip
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "b.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes())
+    with open_checkpoint(tmp_path / "a.ckpt") as checkpoint:
+        rank = next(checkpoint[name].shape[-1] for name in checkpoint if name.endswith("weight1_lora_a"))
+    facts = Facts((Fact("*", "alpha", 1.5 * rank),))
+    convert(tmp_path / "moved" / "b.ckpt", tmp_path / "again", ConvertOptions(target_dialect="peft", family=family,
+            source_dialect="pynative", layout=made, config=config, facts=facts))  # fmt: skip
+    for adapter, told, out in (("adapter", {}, "one"), ("again", layout, "two")):
+        merge(tmp_path / "base", tmp_path / adapter, tmp_path / out, MergeOptions(family=family, layout=told))
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(value, two[key], rtol=1e-6, atol=1e-6)
 
 
 def test_dialects_without_names_for_experts_refuse_them(tmp_path: Path) -> None:
