@@ -33,6 +33,8 @@ from .convert_report import ConvertReport
 from .whole import WholeOptions, write_whole
 
 Progress = Callable[[int, int], None]
+_FOLDERS = r"rank_\d+|strategy"
+"""What an older output of the same kind holds."""
 Stages = Mapping[int, Mapping[str, Layout]]
 
 
@@ -223,13 +225,16 @@ def _write(
         given.source.check_replicas()
     if given.path.resolve() in (target.resolve(), *target.resolve().parents):
         raise OutputError("the output lies on or inside the input", where=str(target), hint="write elsewhere")
+    if target.resolve() in given.path.resolve().parents:
+        raise OutputError("the input lies inside the output", where=str(target), hint="write elsewhere")
     require_space(target.parent, planned.nbytes + (planned.nbytes >> 6))
     format = "dcp" if options.dcp else _format(given, options)
     suffix = ".ckpt" if format == "mindspore" else ".safetensors"
     known: Mapping[str, object] = {"flavour": "ms"} if format == "safetensors" else {}
     with staged(
-        target.absolute(), digest=_identity(given, planned, format), overwrite=options.overwrite, directory=True
-    ) as staging:
+        target.absolute(), digest=_identity(given, planned, format), overwrite=options.overwrite, directory=True,
+        folders=_FOLDERS,
+    ) as staging:  # fmt: skip
         sink: Sink = DcpSink(staging.create)
         if options.dcp is None:
             sink = RanksSink(formats.container(format), staging.create, f"checkpoint{suffix}", options=known)

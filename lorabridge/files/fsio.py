@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import stat
 import time
 from collections.abc import Callable
@@ -116,17 +117,19 @@ class Staging:
 
     ``target``: a file, published with its companions, or a directory. ``digest``: hexadecimal, over everything that
     decides the output's bytes, the identity (size, mtime) of the source files included: a killed run is resumed when
-    it is equal. ``overwrite``: an existing output is replaced in one step. Raises OutputError, before anything is
-    written, when the target exists, is a link, has no parent directory or is being written by another run.
+    it is equal. ``overwrite``: an existing output is replaced in one step; ``folders``: pattern of the directories
+    inside that go with it, where these hold files only. Raises OutputError, before anything is written, when the target
+    exists, is a link, has no parent directory or is being written by another run.
     """
 
-    def __init__(self, target: Path, *, digest: str, overwrite: bool, directory: bool) -> None:
+    def __init__(self, target: Path, *, digest: str, overwrite: bool, directory: bool, folders: str = "") -> None:
         if len(digest) < 12 or digest.strip("0123456789abcdef"):
             raise ValueError(f"{digest!r} is not a hexadecimal digest of 12 digits or more")
         self.target = Path(target)
         self.path = staging_path(self.target, digest)
         self._header = Header(self.target.name, digest, directory)
         self._overwrite = overwrite
+        self._replaced = re.compile(folders)
         self._area: Area | None = None
         self._out = -1
         self._inputs = Inputs()
@@ -172,7 +175,7 @@ class Staging:
             raise OutputError(f"the output exists and is not a {kind}", where=str(path), hint="choose another name")
         if not self._overwrite:
             raise OutputError(_EXISTS, where=str(path), hint="choose another name or pass --overwrite")
-        if directory and any(entry.is_dir(follow_symlinks=False) for entry in os.scandir(path)):
+        if directory and any(not self._replaced.fullmatch(one.name) or _folders_in(one) for one in _folders_in(path)):
             raise OutputError(
                 "the directory to be replaced holds other directories",
                 where=str(path),
@@ -328,6 +331,11 @@ class Staging:
                 area.close()
             else:
                 area.remove()
+
+
+def _folders_in(directory: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
+    with os.scandir(directory) as entries:
+        return [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 def _set_aside(area: Area, names: list[str]) -> None:

@@ -20,12 +20,12 @@ from .staging import Area
 from .stores import Remote, Store
 
 
-def staged(target: Path, *, digest: str, overwrite: bool, directory: bool) -> Staging:
+def staged(target: Path, *, digest: str, overwrite: bool, directory: bool, folders: str = "") -> Staging:
     """Return what collects and publishes an output's files, see :class:`lorabridge.files.fsio.Staging`."""
     place = placeholders.destination(target)
     if place is None:
-        return Staging(target, digest=digest, overwrite=overwrite, directory=directory)
-    return Uploading(target, place, digest=digest, overwrite=overwrite, directory=directory)
+        return Staging(target, digest=digest, overwrite=overwrite, directory=directory, folders=folders)
+    return Uploading(target, place, digest=digest, overwrite=overwrite, directory=directory, folders=folders)
 
 
 class Uploading(Staging):
@@ -35,13 +35,13 @@ class Uploading(Staging):
     """
 
     def __init__(
-        self, target: Path, place: tuple[Store, str], *, digest: str, overwrite: bool, directory: bool
+        self, target: Path, place: tuple[Store, str], *, digest: str, overwrite: bool, directory: bool, folders: str
     ) -> None:
         self._store, self._key = place
         if self._store.protocol == "hf":
             hint = "write to a directory and send that in one commit: hf upload REPO DIR"
             raise OutputError("every file sent to hf:// would be a commit", where=str(target), hint=hint)
-        super().__init__(target, digest=digest, overwrite=overwrite, directory=directory)
+        super().__init__(target, digest=digest, overwrite=overwrite, directory=directory, folders=folders)
         self._digest = digest
         self._directory = directory
         self._marker = placeholders.destination(placeholders.marker_of(target, directory=directory))

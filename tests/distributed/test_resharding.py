@@ -167,6 +167,25 @@ def test_one_checkpoint_in_several_files(model: Path, tmp_path: Path, shards: in
     assert found.keys() == llama().keys()
 
 
+def test_ranks_replace_ranks_and_nothing_else(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ranks"
+    reshard(model, out, ReshardOptions(sizes=Sizes(4)))
+    reshard(model, tmp_path / "two", ReshardOptions(sizes=Sizes(2)))
+    with pytest.raises(OutputError, match="exists already"):
+        reshard(model, out, ReshardOptions(sizes=Sizes(2)))
+    reshard(model, out, ReshardOptions(sizes=Sizes(2), overwrite=True))
+    assert files(out) == files(tmp_path / "two")
+    with pytest.raises(OutputError, match="the input lies inside the output"):
+        reshard(out / "rank_0" / "checkpoint.safetensors", out, ReshardOptions(sizes=Sizes(1), overwrite=True))
+    (out / "rank_1" / "kept").mkdir()
+    with pytest.raises(OutputError, match="holds other directories"):
+        reshard(model, out, ReshardOptions(sizes=Sizes(4), overwrite=True))
+    (out / "rank_1" / "kept").rmdir()
+    (out / "notes").mkdir()
+    with pytest.raises(OutputError, match="holds other directories"):
+        reshard(model, out, ReshardOptions(sizes=Sizes(4), overwrite=True))
+
+
 def test_what_does_not_fit_is_named_and_nothing_is_written(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(MappingError, match=r"axis 0 of \[16, 16\] does not divide by 3"):
