@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .. import formats
-from ..dialects import flattened, flattened_tables, originals, peft_tuners
+from ..dialects import flattened, flattened_tables, kohya_split, originals, peft_tuners
 from ..dialects.adapter import Fact, Facts
 from ..errors import InputError, MappingError
 from ..merging.landing import PREFIXES
@@ -36,7 +36,15 @@ _FIRST = {
 def completed(facts: Facts, source: Source) -> Facts:
     """Add what can be read to what was stated: numbers of the file, and modules where a base model was named."""
     known = facts if facts.read("value") else facts.then(numbers(source))
+    if not known.read("split"):
+        known = known.then(blocks(known, source))
     return known.then(modules(facts, source.specs))
+
+
+def blocks(facts: Facts, source: Source) -> Facts:
+    """Return the number of blocks of every B that sd-scripts' ``split_qkv`` made, by headers, alphas and some rows."""
+    found = kohya_split.joined(source.specs, source.metadata, facts.read("value"))
+    return Facts(tuple(Fact(one.up, "split", one.parts) for one in found if kohya_split.is_split(one, source)))
 
 
 def numbers(source: Source) -> Facts:

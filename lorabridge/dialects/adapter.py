@@ -171,9 +171,10 @@ FACT_FIELDS = (
 )  # fmt: skip
 """What can be stated about modules; each is an option of the command line."""
 
-READ_FIELDS = ("value", "module")
+READ_FIELDS = ("value", "module", "split")
 """What is not stated but read, before a dialect parses: the number in a one-element tensor (the pattern is its name),
-and the module that a flattened name stands for (the pattern is that name). Neither pattern is a glob."""
+the module that a flattened name stands for (the pattern is that name), and of how many blocks on a diagonal a B is made
+(see ``kohya_split``; the pattern is its name). No pattern is a glob."""
 
 
 @dataclass(frozen=True, slots=True)

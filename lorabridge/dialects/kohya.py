@@ -15,7 +15,7 @@ from typing import Literal
 from ..axes import Expr, ShapeError, read, reshape
 from ..errors import MappingError, counted
 from ..tensors import TensorSpec
-from . import flattened, flattened_tables, kohya_write, lycoris
+from . import flattened, flattened_tables, kohya_split, kohya_write, lycoris
 from .adapter import CARRIED, Adapter, Content, Facts, LoraModule, ModuleKind, Scaling, Term, Written
 from .flattened import Place
 from .pairs import Problems
@@ -59,9 +59,8 @@ class Kohya:
         modules = kohya_write.split(modules, {place.path: place.fused for place in places.values() if place.fused})
         alphas = tuple((s.name, CARRIED) for specs in groups.values() for n, s in specs.items() if n == "alpha")
         refuse_twins(modules)
-        return Adapter(
-            tuple(sorted(modules, key=lambda module: module.path)), left_out=alphas, warnings=tuple(reader.warnings)
-        )
+        warnings = (*reader.warnings, *kohya_split.warnings(content.facts.read("split")))
+        return Adapter(tuple(sorted(modules, key=lambda module: module.path)), left_out=alphas, warnings=warnings)
 
     def write(self, adapter: Adapter, facts: Facts) -> Written:
         """Spell an adapter as sd-scripts does; see :func:`lorabridge.dialects.kohya_write.write`."""
