@@ -26,12 +26,12 @@ def respell(
     Exact, as every conversion is. Raises as :func:`map_adapter` does.
     """
     paths = [module.path for module in adapter.modules] + [extra.name for extra in adapter.extras]
-    shown = [evidence_of(table, names, side=side, layout={}).implied for names in (paths, like)]
-    given = {key: choice for key, choice in (layout or {}).items() if not any(key in implied for implied in shown)}
+    shown = [_shown(evidence_of(table, names, side=side, layout={})) for names in (paths, like)]
+    given = {key: choice for key, choice in (layout or {}).items() if not any(key in said for said in shown)}
     mine = evidence_of(table, paths, side=side, layout=given)
     theirs = evidence_of(table, like, side=side, layout=given)
     there = _chosen(table, given, mine)
-    back = there | {key: next(iter(said)) for key, said in theirs.implied.items() if key not in given}
+    back = there | {key: choice for key, choice in _shown(theirs).items() if key not in given}
     if len(theirs.prefixes) == 1:
         back[f"{side}_prefix"] = next(iter(theirs.prefixes))
     turned = map_adapter(table, adapter, to=other_side(side), sizes=sizes, layout=there)
@@ -50,6 +50,13 @@ def relaid(
     there = _chosen(table, {}, evidence_of(table, paths, side=side, layout={}))
     turned = map_adapter(table, adapter, to=other_side(side), sizes=sizes, layout=there)
     return map_adapter(table, turned, to=side, sizes=sizes, layout=there | dict(layout))
+
+
+def _shown(evidence: Evidence) -> dict[str, str]:
+    """Return the choices that names show: those that some name has alone, and the only ones that all can have."""
+    alone = {key: choices - {""} for key, choices in evidence.open.items()}
+    only = {key: next(iter(choices)) for key, choices in alone.items() if len(choices) == 1}
+    return only | {key: next(iter(said)) for key, said in evidence.implied.items()}
 
 
 def _chosen(table: Table, given: Mapping[str, str], evidence: Evidence) -> dict[str, str]:

@@ -171,6 +171,27 @@ def test_experts_of_a_converted_adapter_land_in_files_whatever_its_layout_was(
         torch.testing.assert_close(value, two[key], rtol=1e-6, atol=1e-6)
 
 
+def test_experts_land_in_files_of_a_family_with_layers_for_further_tokens(tmp_path: Path) -> None:
+    """Names of such layers fit rules that say nothing of experts; those of the base show how they are stored even so."""
+    torch.manual_seed(0)
+    made = MOE | {"n_routed_experts": 3, "n_shared_experts": 1, "moe_intermediate_size": 6, "intermediate_size": 12,
+                  "head_dim": 8, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # fmt: skip
+    base = transformers.Glm4MoeForCausalLM(transformers.Glm4MoeConfig(**made))
+    base.save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, lora_alpha=3, target_parameters=BOTH, target_modules=["q_proj"],
+                              init_lora_weights=False),
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "adapter")
+    told = {"hf_experts": "memory"}
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", MergeOptions(family="glm4_moe_mcore", layout=told))
+    model.merge_and_unload().save_pretrained(tmp_path / "peft")
+    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "peft"))
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], rtol=1e-6, atol=1e-6)
+
+
 def test_dialects_without_names_for_experts_refuse_them(tmp_path: Path) -> None:
     saved("Mixtral", tmp_path)
     options = ConvertOptions(
