@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lorabridge"
 LAYERS = {
     0: {"", "errors", "dtypes", "mappings"},
-    1: {"names", "sizes", "axes", "tensors", "files"},
+    1: {"names", "sizes", "axes", "inversion", "tensors", "files"},
     2: {"formats", "dialects", "distributed", "families", "arithmetic", "manifest", "joined", "spool"},
     3: {"conversion", "merging"},
     4: {"actions", "reports", "layers", "frameworks", "checkpoint"},

@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..axes import Expr, Inverse, Read, byte_ranges, computes, invert, reads
+from ..axes import Expr, Read, byte_ranges, computes, reads
+from ..inversion import Inverse, invert
 from ..tensors import TensorSpec
 
 

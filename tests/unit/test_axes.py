@@ -13,6 +13,7 @@ from lorabridge import axes
 from lorabridge.arithmetic import numerics
 from lorabridge.axes import Compute, Join, Read, Reorder, Reshape, ShapeError, Slice, Zeros
 from lorabridge.dtypes import BY_NAME
+from lorabridge.inversion import invert
 from lorabridge.tensors import TensorSpec
 
 U16 = BY_NAME["uint16"]
@@ -93,7 +94,7 @@ def test_byte_ranges_are_the_bytes(made):
 def test_inverse_restores_every_source_and_collapses_to_plain_reads(made):
     expr, bits, sources = made
     used = {name: sources[name] for name in axes.reads(expr)}
-    back = axes.invert({"out": expr})
+    back = invert({"out": expr})
     assert back.lost == ()
     assert set(back.exprs) == set(used)
     for name, source in used.items():
@@ -105,7 +106,7 @@ def test_inverse_restores_every_source_and_collapses_to_plain_reads(made):
 @modest
 def test_whatever_an_inverse_claims_is_true(made):
     expr, bits, sources = made
-    back = axes.invert({"out": expr})
+    back = invert({"out": expr})
     assert set(back.exprs) | set(back.lost) == set(axes.reads(expr))
     for name, value in back.exprs.items():
         np.testing.assert_array_equal(run(value, {"out": bits}), sources[name])
@@ -122,7 +123,7 @@ def test_parts_of_a_tensor_give_it_back(shape, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, shape[axis]), max_size=3)))
     edges = [0, *cuts, shape[axis]]
     outputs = {f"o{i}": axes.cut(expr, axis, a, b) for i, (a, b) in enumerate(pairwise(edges))}
-    back = axes.invert(outputs)
+    back = invert(outputs)
     values = {name: run(part, {"w": bits}) for name, part in outputs.items()}
     np.testing.assert_array_equal(run(back.exprs["w"], values), bits)
     assert axes.substitute(back.exprs["w"], outputs) == expr
@@ -136,7 +137,7 @@ def test_overlapping_parts_give_the_tensor_back_where_they_cover_it(edges):
     assume(spans)
     outputs = {f"o{i}": axes.cut(expr, 0, a, b) for i, (a, b) in enumerate(spans)}
     covered = set().union(*(range(a, b) for a, b in spans)) == set(range(6))
-    back = axes.invert(outputs)
+    back = invert(outputs)
     assert (back.lost == ()) is covered
     if covered:
         values = {name: run(part, {"w": bits}) for name, part in outputs.items()}
@@ -148,15 +149,15 @@ def test_overlapping_parts_give_the_tensor_back_where_they_cover_it(edges):
 def test_copies_are_redundant_in_any_order(order):
     expr, _ = tensor("w", (4, 2))
     outputs = {"whole": expr, "part": axes.cut(expr, 0, 0, 2)}
-    assert axes.invert(dict(list(outputs.items())[::order])).redundant
+    assert invert(dict(list(outputs.items())[::order])).redundant
     thirds = {"a": axes.cut(expr, 0, 0, 2), "b": axes.cut(expr, 0, 2, 4), "c": axes.cut(expr, 1, 0, 1)}
-    assert axes.invert(dict(list(thirds.items())[::order])).redundant
-    assert not axes.invert({"a": thirds["a"], "b": thirds["b"]}).redundant
+    assert invert(dict(list(thirds.items())[::order])).redundant
+    assert not invert({"a": thirds["a"], "b": thirds["b"]}).redundant
 
 
 def test_parts_that_do_not_cover_a_tensor_lose_it():
     expr, _ = tensor("w", (4, 2))
-    back = axes.invert({"o": axes.cut(expr, 0, 1, 4)})
+    back = invert({"o": axes.cut(expr, 0, 1, 4)})
     assert back.lost == ("w",)
 
 
@@ -201,8 +202,8 @@ def test_casts_collapse_only_where_nothing_is_lost():
     assert axes.cast(x, BY_NAME["bfloat16"]) == x
     narrow = axes.cast(floats(dtype="float32"), BY_NAME["bfloat16"])
     assert isinstance(axes.cast(narrow, F32), Compute)
-    assert axes.invert({"o": narrow}).lost == ("x",)
-    back = axes.invert({"o": wide})
+    assert invert({"o": narrow}).lost == ("x",)
+    back = invert({"o": wide})
     assert axes.substitute(back.exprs["x"], {"o": wide}) == x
     assert axes.computes(wide)
     assert not axes.computes(axes.transpose(x))
@@ -214,7 +215,7 @@ def test_casts_collapse_only_where_nothing_is_lost():
 def test_scaling_and_its_inverse_collapse(factor, target):
     x = floats()
     scaled = axes.scale(axes.transpose(x), factor, BY_NAME[target])
-    back = axes.invert({"o": scaled}).exprs["x"]
+    back = invert({"o": scaled}).exprs["x"]
     assert isinstance(back, Reorder)
     assert axes.substitute(back, {"o": scaled}) == x
     other = axes.scale(axes.transpose(x), factor * 2, BY_NAME[target])
@@ -228,7 +229,7 @@ def test_scaled_parts_come_back_through_kernels():
     parts = {"a": axes.scale(axes.cut(x, 0, 0, 1), 0.3, F32), "b": axes.scale(axes.cut(x, 0, 1, 3), 3.0, F32)}
     notes = numerics.Notes()
     made = {n: axes.evaluate(e, {"x": bits}.__getitem__, numerics.kernels(n, notes, {})) for n, e in parts.items()}
-    back = axes.invert(parts).exprs["x"]
+    back = invert(parts).exprs["x"]
     again = axes.evaluate(back, made.__getitem__, numerics.kernels("a", notes, notes.residues))
     assert again.tobytes() == bits.tobytes()
 
