@@ -172,7 +172,7 @@ def test_experts_of_a_converted_adapter_land_in_files_whatever_its_layout_was(
 
 
 def test_experts_land_in_files_of_a_family_with_layers_for_further_tokens(tmp_path: Path) -> None:
-    """Names of such layers fit rules that say nothing of experts; those of the base show how they are stored even so."""
+    """Names of such layers fit rules that say nothing of experts; the base shows how it stores them even so."""
     torch.manual_seed(0)
     made = MOE | {"n_routed_experts": 3, "n_shared_experts": 1, "moe_intermediate_size": 6, "intermediate_size": 12,
                   "head_dim": 8, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # fmt: skip
