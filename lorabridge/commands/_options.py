@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar, cast
 
 import click
 
-from ._values import FACTS, LOCATION, Size, facts, matching_families
+from ._values import FACTS, LOCATION, Size, facts, matching_families, pairs
 
 if TYPE_CHECKING:
     from ..dialects.adapter import Facts
-    from ..distributed.told import Told
+    from ..distributed import told as ranks
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -106,6 +106,42 @@ def stated(given: StatedGiven) -> Facts:
     return facts(texts.items())
 
 
+class _ToldGiven(NamedGiven, StatedGiven):
+    """What is said of names and of modules, as click hands it over."""
+
+
+class Told(TypedDict):
+    """The same as the options of an action hold it (``actions.stated.Stated``)."""
+
+    family: str | None
+    config: Path | None
+    layout: Mapping[str, str]
+    mappings: Path | None
+    facts: Facts
+
+
+def told(given: _ToldGiven) -> Told:
+    """Read what is said of names and of modules; a BadParameter names the option that cannot be read."""
+    return {
+        "family": given["family"],
+        "config": given["config"],
+        "layout": pairs(given["layout"], "--layout"),
+        "mappings": given["mappings"],
+        "facts": stated(given),
+    }
+
+
+def written(given: WrittenGiven) -> WrittenGiven:
+    """Pick out how a checkpoint is written."""
+    return {
+        "max_shard_size": given["max_shard_size"],
+        "crc": given["crc"],
+        "workers": given["workers"],
+        "dry_run": given["dry_run"],
+        "overwrite": given["overwrite"],
+    }
+
+
 def output_options(command: F) -> F:
     """Add --json, -q and -v."""
     for option in (
@@ -162,7 +198,7 @@ def ranks_options(**roles: str) -> Callable[[F], F]:
             from ..distributed.told import using
 
             inputs = {role: _paths(given.get(parameter)) for role, parameter in roles.items()}
-            with using(_told(strategies, steps, inputs)):
+            with using(_told_of_ranks(strategies, steps, inputs)):
                 return command(*args, **given)
 
         form = f"[{'|'.join(roles)}=]"
@@ -182,7 +218,9 @@ def _paths(value: object) -> tuple[Path, ...]:
     return (value,) if isinstance(value, Path) else value if isinstance(value, tuple) else ()
 
 
-def _told(strategies: tuple[str, ...], steps: tuple[str, ...], inputs: Mapping[str, tuple[Path, ...]]) -> Told:
+def _told_of_ranks(
+    strategies: tuple[str, ...], steps: tuple[str, ...], inputs: Mapping[str, tuple[Path, ...]]
+) -> ranks.Told:
     """Give every statement to the inputs that it is about; without a role, to those that ranks wrote."""
     from ..distributed.ranks import is_rank_directory
     from ..distributed.told import Told
@@ -193,7 +231,7 @@ def _told(strategies: tuple[str, ...], steps: tuple[str, ...], inputs: Mapping[s
         paths = [path for one, held in inputs.items() if not named or one == role for path in held]
         found = [path for path in paths if path.is_dir() and (option == "--step" or is_rank_directory(path))]
         if not found:
-            whose = f"{role} is" if named else "no input is"
+            whose = f"{role} is not" if named else "no input is"
             raise click.BadParameter(f"{text!r}: {whose} a directory that ranks wrote", param_hint=option)
         return value if named else text, found
 

@@ -28,10 +28,11 @@ from ._options import (
     planned_options,
     progress_option,
     selection_options,
-    stated,
     step_option,
     strategy_option,
     table_options,
+    told,
+    written,
 )
 from ._progress import Progress
 from ._terminal import Output, width
@@ -44,7 +45,6 @@ from ._values import (
     dialects,
     is_fact,
     is_tolerance_or_rank,
-    pairs,
 )
 
 if TYPE_CHECKING:
@@ -191,15 +191,11 @@ def _options(given: Given) -> ConvertOptions:
     from ..conversion.engines import Engine
 
     return ConvertOptions(
-        source_dialect=given["source_dialect"], target_dialect=given["target_dialect"], family=given["family"],
-        config=given["config"], layout=pairs(given["layout"], "--layout"), mappings=given["mappings"],
-        facts=stated(given), dtype=given["dtype"], on_overflow=given["on_overflow"],
-        dequantize=given["dequantize"],
-        include=given["include"], exclude=given["exclude"], layers=given["layers"], compress=given["compress"],
-        adapter_only=given["adapter_only"], base_name=given["base_name"],
-        max_shard_size=given["max_shard_size"], crc=given["crc"],
+        **told(given), **written(given), source_dialect=given["source_dialect"],
+        target_dialect=given["target_dialect"], dtype=given["dtype"], on_overflow=given["on_overflow"],
+        dequantize=given["dequantize"], include=given["include"], exclude=given["exclude"], layers=given["layers"],
+        compress=given["compress"], adapter_only=given["adapter_only"], base_name=given["base_name"],
         encrypt=given["encrypt"], new_key_file=given["new_key_file"],
-        workers=given["workers"], dry_run=given["dry_run"], overwrite=given["overwrite"],
         engine=Engine(given["engine"], given["address"]), strategies=given["strategies"], step=given["step"],
         check_replicas=given["check_replicas"],
     )  # fmt: skip

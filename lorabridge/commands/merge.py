@@ -27,12 +27,13 @@ from ._options import (
     planned_options,
     progress_option,
     ranks_options,
-    stated,
     table_options,
+    told,
+    written,
 )
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import FACTS, LOCATION, Name, check_family, dialects, pairs, real
+from ._values import FACTS, LOCATION, Name, check_family, dialects, real
 
 if TYPE_CHECKING:
     from ..actions.merge import MergeOptions
@@ -134,12 +135,9 @@ def _options(given: Given) -> MergeOptions:
     from ..conversion.engines import Engine
 
     return MergeOptions(
-        adapter_dialect=given["adapter_dialect"], target_dialect=given["target_dialect"], family=given["family"],
-        config=given["config"], layout=pairs(given["layout"], "--layout"), mappings=given["mappings"],
-        facts=stated(given), weights=read_weights(given["weights"]), exact=given["exact"],
+        **told(given), **written(given), adapter_dialect=given["adapter_dialect"],
+        target_dialect=given["target_dialect"], weights=read_weights(given["weights"]), exact=given["exact"],
         residual_base=given["residual_base"], onto_merged=given["onto_merged"], any_base=given["any_base"],
-        max_shard_size=given["max_shard_size"], crc=given["crc"], workers=given["workers"],
-        dry_run=given["dry_run"], overwrite=given["overwrite"],
         engine=Engine(given["engine"], given["address"]),
     )  # fmt: skip
 

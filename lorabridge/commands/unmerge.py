@@ -25,13 +25,14 @@ from ._options import (
     output_options,
     progress_option,
     ranks_options,
-    stated,
     table_options,
     target_options,
+    told,
+    written,
 )
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import FACTS, LOCATION, Name, check_family, dialects, pairs
+from ._values import FACTS, LOCATION, Name, check_family, dialects
 
 if TYPE_CHECKING:
     from ..actions.merge_inputs import MergeOptions
@@ -156,10 +157,8 @@ def options_of(given: Given, weights: str | None, *, exact: bool) -> MergeOption
     from .merge import read_weights
 
     return MergeOptions(
-        adapter_dialect=given["adapter_dialect"], target_dialect=given["target_dialect"], family=given["family"],
-        config=given["config"], layout=pairs(given["layout"], "--layout"), mappings=given["mappings"],
-        facts=stated(given), weights=read_weights(weights), exact=exact, max_shard_size=given["max_shard_size"],
-        crc=given["crc"], workers=given["workers"], dry_run=given["dry_run"], overwrite=given["overwrite"],
+        **told(given), **written(given), adapter_dialect=given["adapter_dialect"],
+        target_dialect=given["target_dialect"], weights=read_weights(weights), exact=exact,
     )  # fmt: skip
 
 

@@ -20,12 +20,12 @@ from ._options import (
     output_options,
     progress_option,
     ranks_options,
-    stated,
     table_options,
+    told,
 )
 from ._progress import Progress
 from ._terminal import Output, width
-from ._values import FACTS, LOCATION, Name, check_family, dialects, is_fact, pairs
+from ._values import FACTS, LOCATION, Name, check_family, dialects, is_fact
 
 if TYPE_CHECKING:
     from ..actions.verify_inputs import VerifyOptions
@@ -157,10 +157,8 @@ def _options(given: Given) -> VerifyOptions:
     from ..actions.verify_inputs import VerifyOptions
 
     return VerifyOptions(
-        base=given["base"], depths=given["depth"], model=given["model"], source_dialect=given["source_dialect"],
-        target_dialect=given["target_dialect"], family=given["family"], config=given["config"],
-        layout=pairs(given["layout"], "--layout"), mappings=given["mappings"], facts=stated(given),
-        seed=given["seed"],
+        **told(given), base=given["base"], depths=given["depth"], model=given["model"],
+        source_dialect=given["source_dialect"], target_dialect=given["target_dialect"], seed=given["seed"],
     )  # fmt: skip
 
 
