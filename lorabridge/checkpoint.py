@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .conversion.repository import Input, open_input
+from .files.placeholders import spoken
 from .tensors import TensorSpec
 
 
@@ -67,7 +68,7 @@ class Checkpoint(Mapping[str, "npt.NDArray[np.generic]"]):
 
     def __repr__(self) -> str:
         size = sum(spec.nbytes for spec in self.specs.values())
-        return f"Checkpoint({str(self._opened.path)!r}, {self.format}, {len(self)} tensors, {size:,} bytes)"
+        return f"Checkpoint({spoken(str(self._opened.path))!r}, {self.format}, {len(self)} tensors, {size:,} bytes)"
 
     def _repr_html_(self) -> str:
         from .reports.plain import table_html

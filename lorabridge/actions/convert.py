@@ -24,6 +24,7 @@ from ..dialects.mindformers_config import config_files
 from ..distributed.assembled import Assembled
 from ..errors import MappingError, OutputError, UsageError
 from ..files.fsio import require_space
+from ..files.placeholders import spoken
 from ..files.uploading import staged
 from ..formats.encrypted import Encryption
 from ..tensors import marks
@@ -376,8 +377,8 @@ def _report(
     job: Job, given: Input, options: ConvertOptions, notes: numerics.Notes, seconds: float
 ) -> ConvertReport:  # fmt: skip
     return ConvertReport(
-        source=str(given.path),
-        target=str(job.choice.output.target),
+        source=spoken(str(given.path)),
+        target=spoken(str(job.choice.output.target)),
         source_format=given.source.format,
         target_format=job.choice.output.format,
         source_dialect=job.choice.origin.name,

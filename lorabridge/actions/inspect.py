@@ -16,6 +16,7 @@ from ..distributed.assembled import Assembled, disagreement
 from ..distributed.placing import Findings
 from ..errors import InputError, LorabridgeError, UsageError
 from ..families import tables
+from ..files.placeholders import spoken
 from ..manifest import METADATA_KEY, Manifest
 from ..tensors import Source, TensorSpec
 from .inspect_pairs import loose_pairs
@@ -171,7 +172,7 @@ def _describe(
     specs, kept = guess.content.specs, guess.kept
     contents = "adapter" if modules or (adapter and deltas(adapter)) else "model" if adapter else "unknown"
     return InspectReport(
-        path=str(given.path),
+        path=spoken(str(given.path)),
         format=given.source.format,
         contents=contents,
         dialect=guess.name or (guess.origin.name if contents == "model" else None),

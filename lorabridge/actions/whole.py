@@ -18,6 +18,7 @@ from ..conversion.shares import InputOpener
 from ..distributed.assembled import Assembled
 from ..errors import OutputError, UsageError
 from ..files.fsio import Staging, require_space
+from ..files.placeholders import spoken
 from ..files.uploading import staged
 from ..formats.shardsink import ShardedSink
 from ..tensors import Sink, Source
@@ -96,7 +97,9 @@ def write_whole(
                 workers=options.workers, progress=progress,
             )  # fmt: skip
             staging.commit()
-    return _report(given, str(output.target), output.format, framework, planned, options, time.perf_counter() - started)
+    return _report(
+        given, spoken(str(output.target)), output.format, framework, planned, options, time.perf_counter() - started
+    )
 
 
 def _left(planned: plan.Plan, sink: Sink, staging: Staging) -> plan.Plan:
@@ -115,7 +118,7 @@ def _report(
 ) -> ConvertReport:  # fmt: skip
     dialect = "ms" if framework == "mindspore" else "hf"
     return ConvertReport(
-        source=str(given.path),
+        source=spoken(str(given.path)),
         target=target,
         source_format=given.source.format,
         target_format=format,

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 from ..errors import InputError, MappingError
+from ..formats.untrusted import read_small
 from .completeness import check_complete, tied_checks
 from .grammar import Item, Reader, table_of
 from .mapping import map_adapter
@@ -87,12 +88,8 @@ def load_table(path: Path, *, proved: bool = False) -> Table:
 
     ``proved``: it ships with the package, whose tests have proved it; that takes most of the time.
     """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(LARGEST_FILE + 1)
-    except OSError as error:
-        raise InputError(f"the table cannot be read: {error.strerror}", where=str(path)) from None
-    if len(raw) > LARGEST_FILE:
+    raw, size = read_small(path, LARGEST_FILE)
+    if size > LARGEST_FILE:
         raise InputError(f"the table is larger than {LARGEST_FILE} bytes", where=str(path))
     try:
         text = raw.decode("utf-8")

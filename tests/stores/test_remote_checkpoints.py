@@ -194,6 +194,23 @@ def test_what_is_extracted_in_the_store_names_its_base_as_the_store_does(
     assert not any(b"lorabridge-remote" in s3.cat_file(key) for key in s3.find(f"{bucket}/found"))
 
 
+def test_tables_lie_in_the_store_too(send: Send, bucket: str, tmp_path: Path) -> None:
+    table = (Path(__file__).parents[2] / "mappings" / "llama.toml").read_text().replace('"llama"', '"mine"', 1)
+    (tmp_path / "mine.toml").write_text(table)
+    send(tmp_path / "mine.toml", "tables/mine.toml")
+    assert run(["tables", "check", f"s3://{bucket}/tables/mine.toml"]) == 0
+    assert run(["tables", "show", "mine", "--mappings", f"s3://{bucket}/tables"]) == 0
+
+
+def test_reports_name_places_as_the_store_does(send: Send, bucket: str) -> None:
+    url = send(EXAMPLE, "adapter")
+    done = lorabridge.convert(url, f"s3://{bucket}/out.ckpt")
+    assert (done.source, done.target) == (url, f"s3://{bucket}/out.ckpt")
+    assert lorabridge.inspect(url).path == url
+    with lorabridge.open_checkpoint(url) as checkpoint:
+        assert url in repr(checkpoint)
+
+
 def test_ranks_are_cut_into_the_store_and_put_together_again(
     model: torch.nn.Module, send: Send, s3: S3FileSystem, bucket: str, tmp_path: Path
 ) -> None:
