@@ -49,21 +49,15 @@ def _said(fact: Fact, undone: Sequence[Manifest]) -> bool:
 
 
 def contradiction(given: Input, options: ConvertOptions, undone: Sequence[Manifest]) -> str:
-    """Say what of --config and --layout is otherwise in the manifests, or not there; "" where nothing is.
-
-    UsageError for a --layout that they contradict.
-    """
+    """Say what of --config is otherwise in the manifests; "" where nothing is. UsageError for another --layout."""
     recorded = {key: choice for step in undone for key, choice in step.layout.items()}
-    other = [f"{key}={choice}, the manifest says {recorded[key]}"
-             for key, choice in options.layout.items() if recorded.get(key, choice) != choice]  # fmt: skip
+    other = [f"{key}={choice}, the manifest says {recorded.get(key, 'nothing of it')}"
+             for key, choice in options.layout.items() if recorded.get(key) != choice]  # fmt: skip
     if other:
         raise UsageError(
             "--layout contradicts the manifest of the file", where=other,
             hint="leave it out; or, if the manifest is wrong, move it away and pass flags",
         )  # fmt: skip
-    new = [f"{key}={choice}" for key, choice in options.layout.items() if key not in recorded]
-    if new:
-        return f"the manifest says nothing of --layout {', '.join(new)}"
     if options.config is None:
         return ""
     if given.config_from == str(options.config):
