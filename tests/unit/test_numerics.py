@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabridge import axes
+from lorabridge import axes, inversion
 from lorabridge.arithmetic import floats, numerics
 from lorabridge.dtypes import BY_NAME, DTYPES
 from lorabridge.errors import InputError, MappingError
@@ -230,7 +230,7 @@ def test_scaling_is_one_rounding_of_the_exact_product_and_comes_back_bit_for_bit
                 assert Fraction(float(y)) == nearest(Fraction(float(x)) * Fraction(factor), target)
             else:
                 assert (math.isnan(x) and math.isnan(y)) or y == x * factor
-    back = axes.invert({"out": expr})
+    back = inversion.invert({"out": expr})
     if "w" in back.lost:  # factor 1 into a narrower type is a cast, which keeps no residue
         assert factor == 1.0
         return
@@ -256,7 +256,7 @@ def test_a_residue_never_applies_to_bits_that_changed():
     notes = numerics.Notes()
     made = run(expr, {"w": bits}, "out", notes).copy()
     assert set(notes.residues) == {"out"}
-    back = axes.invert({"out": expr}).exprs["w"]
+    back = inversion.invert({"out": expr}).exprs["w"]
     made[0] ^= 1
     changed = run(back, {"out": made}, "w", residues=notes.residues)
     naive = numerics.unscaled(made, BY_NAME["float32"], 0.7, BY_NAME["float32"])
@@ -270,7 +270,7 @@ def test_two_scaled_blocks_of_one_output_keep_their_own_residues():
     expr = axes.join(parts, 0)
     notes = numerics.Notes()
     made = run(expr, sources, "fused", notes)
-    back = axes.invert({"fused": expr}).exprs
+    back = inversion.invert({"fused": expr}).exprs
     for name, bits in sources.items():
         assert run(back[name], {"fused": made}, name, residues=notes.residues).tobytes() == bits.tobytes()
 
@@ -298,7 +298,7 @@ def test_damaged_residues_are_refused(damage):
         "long": raw[:16] + len(long).to_bytes(8, "little") + long,
     }[damage]  # fmt: skip
     with pytest.raises(InputError, match="residue"):
-        run(axes.invert({"out": expr}).exprs["w"], {"out": made}, "w", residues={"out": bad})
+        run(inversion.invert({"out": expr}).exprs["w"], {"out": made}, "w", residues={"out": bad})
 
 
 def test_notes_take_threads_and_forget_their_order():

@@ -173,8 +173,8 @@ def test_a_wrong_mask_of_a_merged_linear(tmp_path: Path) -> None:
 
     opened = verify_inputs.opened
 
-    def other(role: str, path: Path, options: verify_inputs.VerifyOptions) -> Side:
-        return opened(role, path, options if role == "SRC" else verify_inputs.VerifyOptions(facts=wrong))
+    def other(role: str, path: Path, options: verify_inputs.VerifyOptions, base: Side | None = None) -> Side:
+        return opened(role, path, options if role == "SRC" else verify_inputs.VerifyOptions(facts=wrong), base)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lorabridge.actions.verify.opened", other)
