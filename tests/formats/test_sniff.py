@@ -216,7 +216,7 @@ def test_what_never_ends_is_named_without_being_opened(tmp_path: Path) -> None:
                 reader(path)
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     assert identify(tmp_path / "link").name == "fifo"
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 20
     server.close()
 
 
